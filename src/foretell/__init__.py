@@ -1,0 +1,22 @@
+"""foretell: any Hugging Face causal language model says several tokens per step, with the output it would have given anyway."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from foretell.errors import ForetellError
+
+if TYPE_CHECKING:
+    from foretell.decoding.generate import Generation, MTPForCausalLM, load
+
+__version__ = "0.1.0"
+__all__ = ["ForetellError", "Generation", "MTPForCausalLM", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    # torch and transformers take seconds to import; `foretell --help` should not wait for them.
+    if name in ("Generation", "MTPForCausalLM", "load"):
+        from foretell.decoding import generate
+
+        return getattr(generate, name)
+    raise AttributeError(f"module 'foretell' has no attribute {name!r}")

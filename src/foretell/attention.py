@@ -1,0 +1,62 @@
+"""Attention masks in the form each base wants, from who-sees-whom and positions.
+
+A ready 4-D mask is used by transformers as it is. We always give the additive form (0 and the dtype's minimum): sdpa takes it
+as well as a boolean one, eager attention takes only it, and sdpa would convert a boolean mask anew in every layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+AttentionMask = Tensor | dict[str, Tensor]
+
+FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
+
+
+def window_kinds(config: PretrainedConfig) -> dict[str | None, tuple[str, int] | None]:
+    """Layer type -> (kind, size) of its attention window, None for none; the key None stands for every layer.
+
+    transformers' own rule: models whose configuration has `layer_types` take a dict of masks, one per type; the others
+    take one mask, windowed when `sliding_window` is set.
+    """
+    text = config.get_text_config()
+    window = getattr(text, "sliding_window", None)
+    if not hasattr(text, "layer_types"):
+        return {None: (SLIDING, window) if window else None}
+    sizes: dict[str, Any] = {SLIDING: window, CHUNKED: getattr(text, "attention_chunk_size", None)}
+    kinds = dict.fromkeys(text.layer_types)
+    return {kind: (kind, sizes[kind]) if sizes.get(kind) else None for kind in kinds}
+
+
+def attention_mask(
+    visible: Tensor, query_positions: Tensor, key_positions: Tensor, config: PretrainedConfig, dtype: torch.dtype
+) -> AttentionMask:
+    """Additive masks (B, 1, Q, S): 0 where a row may look, the dtype's minimum elsewhere.
+
+    visible (B, Q, S) bool; query_positions (B, Q) and key_positions (B, S) int64: windows go by position, not by
+    column. Never -inf: a row that sees nothing would turn NaN, and NaN spreads.
+    """
+    masks: dict[str | None, Tensor] = {}
+    for key, window in window_kinds(config).items():
+        seen = visible
+        if window is not None:
+            kind, size = window
+            query, cached = query_positions[:, :, None], key_positions[:, None, :]
+            near = query - cached < size if kind == SLIDING else query // size == cached // size
+            seen = visible & near
+        masks[key] = additive(seen, dtype)[:, None]
+    return masks[None] if None in masks else {str(key): mask for key, mask in masks.items()}
+
+
+def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """bool -> 0 where true, the dtype's minimum where false."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+
+
+def is_windowed(config: PretrainedConfig) -> bool:
+    """Whether any layer limits how far back it looks."""
+    return any(window is not None for window in window_kinds(config).values())

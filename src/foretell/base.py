@@ -1,0 +1,136 @@
+"""What foretell needs from a base model, over any transformers causal language model (design.md decision 1)."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+
+from foretell.attention import AttentionMask
+from foretell.errors import ForetellError
+
+
+class Base(nn.Module):
+    """A frozen causal language model seen through four doors: embed, latents, unembed, blocks."""
+
+    def __init__(self, lm: PreTrainedModel) -> None:
+        super().__init__()
+        self.lm = lm.eval().requires_grad_(False)
+        self.embedding = lm.get_input_embeddings()
+        self.head = lm.get_output_embeddings()
+        if self.embedding is None or self.head is None:
+            raise ForetellError(f"{type(lm).__name__} has no embedding or no output layer, so foretell can't add masks to it")
+        self.text_config = lm.config.get_text_config()
+        self.vocab_size = int(self.head.weight.shape[0])
+        self.d_model = int(self.head.weight.shape[1])
+        self.d_embedding = int(self.embed(torch.zeros(1, dtype=torch.long, device=self.device)).shape[-1])
+        self.max_positions = getattr(self.text_config, "max_position_embeddings", None)
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.lm.dtype
+
+    @property
+    def name(self) -> str:
+        return str(self.lm.config._name_or_path)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """(..., ) int64 -> (..., E): the embedding module's output, which already holds any scale of the base's."""
+        return self.embedding(ids)
+
+    def latents(
+        self,
+        embeddings: Tensor,
+        positions: Tensor | None = None,
+        mask: AttentionMask | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """(B, Q, E) -> z (B, Q, D), after the final norm. Without a mask: causal over what is cached."""
+        out = self.lm.base_model(
+            inputs_embeds=embeddings,
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        return out.last_hidden_state
+
+    def unembed(self, latents: Tensor) -> Tensor:
+        """(..., D) -> logits (..., V), with the scale or soft cap of those bases that have one."""
+        logits = self.head(latents)
+        config = self.text_config
+        if scale := getattr(config, "logit_scale", None):  # Cohere
+            logits = logits * scale
+        if scale := getattr(config, "logits_scaling", None):  # Granite
+            logits = logits / scale
+        if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The stack of transformer blocks: the module list as long as the configuration says."""
+        count = self.text_config.num_hidden_layers
+        for module in self.lm.base_model.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == count:
+                return module
+        raise ForetellError(f"{type(self.lm).__name__} has no list of {count} blocks, so foretell can't adapt it")
+
+    @torch.no_grad()
+    def embedding_statistics(self, sample: int = 4096) -> tuple[Tensor, float]:
+        """Mean (E,) and standard deviation of the embedding's outputs, over at most `sample` tokens, fp32."""
+        step = max(1, self.vocab_size // sample)
+        outputs = self.embed(torch.arange(0, self.embedding.weight.shape[0], step, device=self.device)).float()
+        return outputs.mean(0), float(outputs.std())
+
+    @torch.no_grad()
+    def fingerprint(self) -> str:
+        """sha256 over names, shapes and a sample of every floating-point weight.
+
+        Samples are rounded to bfloat16, so that the same weights loaded in another precision keep their fingerprint.
+        """
+        digest = hashlib.sha256()
+        for name, weight in sorted(self.lm.named_parameters()):
+            digest.update(f"{name}{tuple(weight.shape)}".encode())
+            if weight.is_floating_point() and weight.device.type != "meta":
+                flat = weight.detach().reshape(-1)
+                sample = flat[:: max(1, flat.numel() // 64)].to(torch.bfloat16)
+                digest.update(sample.view(torch.int16).cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def load_base(
+    name: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+    **kwargs: Any,
+) -> Base:
+    """The base called `name`: a directory or a Hub name. Only safetensors are read, never pickles.
+
+    Raises ForetellError with what to do when the model is not there or is not a causal language model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        lm = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, **kwargs
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ForetellError(
+            f"the base {name!r} could not be loaded ({reason}); give a directory with safetensors or a Hub name"
+        ) from error
+    except Exception as error:  # safetensors raises its own type for damaged files
+        if "afetensor" not in type(error).__name__:
+            raise
+        raise ForetellError(f"the weights of the base {name!r} are damaged ({error}); fetch them again") from error
+    return Base(lm.to(device))

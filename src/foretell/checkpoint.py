@@ -1,0 +1,230 @@
+"""Checkpoints: `foretell.json` + `foretell.safetensors` + a model card in a directory or Hub repository.
+
+Not the PEFT layout on purpose: `PeftModel.from_pretrained` would apply the adapter to every token and change the answers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+import foretell
+from foretell.base import Base, load_base
+from foretell.config import MTPConfig
+from foretell.errors import ForetellError
+from foretell.model import MTPModel
+
+CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "foretell.json", "foretell.safetensors", "README.md"
+FORMAT = 1
+M = TypeVar("M", bound=MTPModel)
+
+
+def save(model: MTPModel, directory: str | Path, *, dtype: torch.dtype | None = None) -> Path:
+    """Writes the adapter, its configuration and a model card; the base itself is only named.
+
+    Files are written beside their final names and moved there, so that a full disk or a kill leaves the old ones whole.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    weights = {
+        name: p.detach().to("cpu", dtype or p.dtype).contiguous() for name, p in model.own_parameters().items()
+    }
+    write_safetensors(weights, directory / WEIGHTS_FILE)
+    provenance = {"foretell": foretell.__version__, "torch": torch.__version__, **model.provenance}
+    description = {
+        "format": FORMAT,
+        "base": base_reference(model.base.name, directory),
+        "base_fingerprint": model.base.fingerprint(),
+        "config": model.config.to_dict(),
+        "provenance": provenance,
+    }
+    write_text(json.dumps(description, indent=2, default=str) + "\n", directory / CONFIG_FILE)
+    write_text(model_card(description), directory / CARD_FILE)
+    return directory
+
+
+def load(
+    cls: type[M],
+    source: str | Path,
+    *,
+    base: str | Base | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+    check: bool = True,
+) -> M:
+    """A trained model from a directory or Hub name; `base` overrides where its base lies.
+
+    Raises ForetellError for a missing or damaged checkpoint, and for a base other than the one it was trained on.
+    """
+    directory = local_directory(source)
+    description = read_description(directory)
+    if not isinstance(base, Base):
+        name = base or resolve_base(description["base"], directory)
+        tokenizer_source = name
+        base = load_base(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    else:
+        tokenizer_source = base.name
+    if base.fingerprint() != description["base_fingerprint"]:
+        raise ForetellError(
+            f"the adapter in {source} was trained for {description['base']} and does not fit {base.name}: their weights differ; "
+            "give the right base with --base, or train an adapter for this one"
+        )
+    config = MTPConfig.from_dict(description["config"])
+    model = cls(base, config, load_tokenizer(tokenizer_source, trust_remote_code), check=check)
+    load_weights(model, directory / WEIGHTS_FILE)
+    model.provenance = description.get("provenance", {})
+    return model
+
+
+def load_weights(model: MTPModel, path: Path) -> None:
+    """Reads our parameters in place. Raises ForetellError if the file is missing, damaged or of another shape."""
+    weights = read_safetensors(path)
+    own = model.own_parameters()
+    if set(weights) != set(own) or any(weights[name].shape != own[name].shape for name in own):
+        raise ForetellError(f"{path} does not hold the weights that its {CONFIG_FILE} describes; train or download it again")
+    for name, parameter in own.items():
+        parameter.data.copy_(weights[name])
+
+
+def local_directory(source: str | Path) -> Path:
+    """The directory itself, or a snapshot of the Hub repository called so."""
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.exists() or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+        raise ForetellError(f"there is no model at {source}: give a directory made by `foretell train` or a Hub name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ForetellError(f"there is no model at {source}, here or on the Hub ({reason})") from error
+
+
+def read_description(directory: Path) -> dict[str, Any]:
+    """foretell.json, checked. Raises ForetellError if missing, damaged or of a later format."""
+    path = directory / CONFIG_FILE
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+        missing = {"format", "base", "base_fingerprint", "config"} - set(description)
+    except FileNotFoundError as error:
+        raise ForetellError(f"{directory} has no {CONFIG_FILE}: it is not a foretell model (a base alone needs `foretell train`)") from error
+    except (ValueError, TypeError) as error:
+        raise ForetellError(f"{path} is damaged ({error}); train or download it again") from error
+    if missing:
+        raise ForetellError(f"{path} lacks {', '.join(sorted(missing))}; train or download it again")
+    if description["format"] > FORMAT:
+        raise ForetellError(f"{path} was written by a later foretell; upgrade with `pip install -U foretell`")
+    return description
+
+
+def base_reference(name: str, directory: Path) -> str:
+    """How a checkpoint names its base: relative when the two lie in one tree, so that the tree can move."""
+    path = Path(name)
+    if not path.is_dir():
+        return name
+    path = path.resolve()
+    return os.path.relpath(path, directory.resolve()) if path.parent == directory.resolve().parent else str(path)
+
+
+def resolve_base(reference: str, directory: Path) -> str:
+    beside = directory / reference
+    return str(beside.resolve()) if reference.startswith("..") and beside.is_dir() else reference
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
+    """The base's tokenizer, or None if it has none (token ids can still be given)."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(str(path))
+    except FileNotFoundError as error:
+        raise ForetellError(f"{path} is missing; train or download it again") from error
+    except (SafetensorError, OSError) as error:
+        raise ForetellError(f"{path} is damaged ({error}); train or download it again") from error
+
+
+def write_safetensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Atomic: a full disk leaves the previous file. Raises ForetellError in that case."""
+    _replace(path, lambda temporary: save_file(tensors, str(temporary)))
+
+
+def write_text(text: str, path: Path) -> None:
+    _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _replace(path: Path, write: Any) -> None:
+    temporary = path.with_name(path.name + ".part")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise ForetellError(f"{path} could not be written ({error}); free some space or give another directory; nothing was lost") from error
+
+
+def model_card(description: dict[str, Any]) -> str:
+    """README.md of a checkpoint."""
+    config = description["config"]
+    settings = "\n".join(f"| {key} | {value} |" for key, value in config.items())
+    provenance = "\n".join(f"| {key} | {value} |" for key, value in description["provenance"].items())
+    return f"""---
+library_name: foretell
+base_model: {description["base"]}
+tags: [multi-token-prediction, speculative-decoding]
+---
+# Several tokens per step for {description["base"]}
+
+An adapter of [foretell](https://arxiv.org/abs/2507.11851): k={config["masks"]} masks, gated LoRA, sampler head. Output is the base's own.
+
+```python
+import foretell
+
+model = foretell.load("THIS_DIRECTORY_OR_REPOSITORY")
+print(model.generate("...", max_new_tokens=128).text)
+```
+
+**The adapter must stay gated.** It acts on mask tokens only; merging it or loading it as an ordinary LoRA changes the
+base's answers.
+
+| setting | value |
+|---|---|
+{settings}
+
+| provenance | |
+|---|---|
+{provenance}
+"""
+
+
+def push_to_hub(model: MTPModel, repository: str, *, private: bool = False) -> str:
+    """Uploads what `save` writes; returns the repository's address. Raises ForetellError if the Hub refuses."""
+    from tempfile import TemporaryDirectory
+
+    from huggingface_hub import HfApi
+
+    with TemporaryDirectory() as folder:
+        save(model, folder)
+        try:
+            api = HfApi()
+            url = api.create_repo(repository, private=private, exist_ok=True)
+            api.upload_folder(repo_id=repository, folder_path=folder)
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ForetellError(f"{repository} could not be uploaded ({reason}); log in with `hf auth login` and try again") from error
+    return str(url)

@@ -1,0 +1,142 @@
+"""Settings as validated dataclasses. Each field carries its help text; the command line is made from these fields."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from foretell.errors import ForetellError
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    minimum: float | None = None,
+    maximum: float | None = None,
+) -> Any:
+    """A dataclass field with help text and the bounds that `Config.__post_init__` checks."""
+    return field(
+        default=default, metadata={"help": help, "choices": choices, "minimum": minimum, "maximum": maximum}
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Base of all settings: checked on construction, strict about unknown keys."""
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            _check_type(f.name, value, hints[f.name])
+            if value is None:
+                continue
+            choices, low, high = (f.metadata.get(key) for key in ("choices", "minimum", "maximum"))
+            if choices and value not in choices:
+                raise ForetellError(f"{f.name} must be one of {', '.join(choices)}, not {value!r}")
+            if low is not None and value < low:
+                raise ForetellError(f"{f.name} must be at least {low}, not {value}")
+            if high is not None and value > high:
+                raise ForetellError(f"{f.name} must be at most {high}, not {value}")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Raises ForetellError naming the first unknown key, and the known ones."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        for key in values:
+            if key not in known:
+                raise ForetellError(f"unknown setting {key!r} for {cls.__name__}; known: {', '.join(sorted(known))}")
+        missing = [
+            f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in values
+        ]
+        if missing:
+            raise ForetellError(f"{cls.__name__} needs {', '.join(missing)}")
+        hints = typing.get_type_hints(cls)
+        # YAML reads 2e-4 and 3 as str and int where a float is meant; numbers are converted, nothing else is.
+        return cls(**{key: _as_number(value, hints[key]) for key, value in values.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def _as_number(value: Any, hint: Any) -> Any:
+    wants_float = hint is float or float in typing.get_args(hint)
+    if wants_float and isinstance(value, (str, int)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for kind in options:
+        kind = typing.get_origin(kind) or kind
+        if isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool):
+            return
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            return
+    wanted = " or ".join("nothing" if kind is type(None) else getattr(kind, "__name__", str(kind)) for kind in options)
+    raise ForetellError(f"{name} must be {wanted}, not {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MTPConfig(Config):
+    """What is added to a base: masks, adapter and sampler head (method.md sections 1 to 3)."""
+
+    masks: int = option(8, "number of mask tokens k: tokens predicted ahead", minimum=1, maximum=64)
+    masks_init: str = option("random", "start of the mask vectors", choices=("random", "mean"))
+    masks_trainable: bool = option(True, "train the mask vectors (the paper draws them and leaves them)")
+    adapter: str = option(
+        "gated", "gated changes mask rows only; standard is ordinary LoRA, a baseline that changes the base's answers",
+        choices=("gated", "standard"),
+    )  # fmt: skip
+    rank: int = option(128, "rank of the LoRA matrices", minimum=1)
+    alpha: float = option(256.0, "LoRA scale: the low-rank term is multiplied by alpha / rank", minimum=0.0)
+    sampler: str = option("mlp", "sampler head: mlp as in the paper, residual, or none", choices=("mlp", "residual", "none"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Config):
+    """How an adapter is trained (method.md section 4)."""
+
+    steps: int = option(2000, "optimiser steps", minimum=1)
+    batch_size: int = option(8, "sequences per step", minimum=1)
+    seq_len: int = option(512, "tokens per sequence; longer records are cut", minimum=8)
+    anchors: int = option(64, "mask blocks per sequence, hung after randomly chosen positions", minimum=1)
+    lr: float = option(1e-3, "peak learning rate of AdamW", minimum=0.0)
+    warmup: int = option(100, "steps of linear warm-up", minimum=0)
+    schedule: str = option("cosine", "learning rate after warm-up", choices=("cosine", "flat"))
+    weight_decay: float = option(0.0, "decoupled weight decay", minimum=0.0)
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm", minimum=0.0)
+    base_weight: float = option(1.0, "weight of the cross-entropy of the base's own logits at masks", minimum=0.0)
+    sampler_weight: float = option(1.0, "weight of the sampler head's cross-entropy", minimum=0.0)
+    lcm_weight: float = option(1.0, "weight of the latent consistency loss", minimum=0.0)
+    lcm_normalised: bool = option(
+        True, "divide the latent consistency loss by the variance of the base's latents, so that its weight means the same for every base"
+    )  # fmt: skip
+    seed: int = option(0, "seed of initialisation, data order and anchors", minimum=0)
+    dtype: str = option("float32", "precision of the base's weights and of autocast", choices=DTYPES)
+    checkpoint_every: int = option(200, "steps between checkpoints", minimum=1)
+    log_every: int = option(10, "steps between lines of the metrics file", minimum=1)
+
+
+STRATEGIES = ("autoregressive", "linear", "quadratic")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeConfig(Config):
+    """How text is decoded (method.md section 5)."""
+
+    max_new_tokens: int = option(128, "generate at most this many tokens", minimum=1)
+    strategy: str = option("quadratic", "which layout every step uses", choices=STRATEGIES)
+    masks: int | None = option(None, "masks per block, 1 up to the k the adapter was trained with [that k]", minimum=1)
+    use_sampler: bool = option(True, "draft with the sampler head; off: drafts are the base's argmax at each mask")

@@ -1,0 +1,87 @@
+"""Which bases foretell can serve: static rules with their reasons, and a self-test on the model itself."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+
+from foretell.attention import CHUNKED, FULL, SLIDING, window_kinds
+from foretell.base import Base
+from foretell.errors import ForetellError
+
+NEEDED = ("inputs_embeds", "position_ids", "past_key_values", "attention_mask")
+
+
+def check_supported(base: Base) -> None:
+    """Raises ForetellError with the reason if decoding with layouts would be wrong on this base."""
+    reason = refusal(base)
+    if reason:
+        raise ForetellError(f"{type(base.lm).__name__} is not supported: {reason}; choose a base with plain attention layers")
+
+
+def refusal(base: Base) -> str | None:
+    """Why this base is refused by its configuration and signature alone, or None."""
+    config = base.text_config
+    parameters = inspect.signature(base.lm.base_model.forward).parameters
+    missing = [name for name in NEEDED if name not in parameters]
+    if missing:
+        return f"its forward takes no {' and no '.join(missing)}, so masks can't be placed"
+    if getattr(config, "is_encoder_decoder", False):
+        return "it is an encoder-decoder"
+    types = set(getattr(config, "layer_types", None) or ())
+    if unknown := types - {FULL, SLIDING, CHUNKED}:
+        return f"it has layers of type {', '.join(sorted(unknown))}, whose state can't skip rejected tokens"
+    if getattr(base.lm, "_is_stateful", False):
+        return "it keeps a recurrent state, which can't skip rejected tokens"
+    if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
+        return "its ALiBi attention bias goes by column, not by position id"
+    if "local" in (getattr(config, "attention_layers", None) or ()):
+        return "its local attention goes by column, not by position id"
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    nested = [value for value in rope.values() if isinstance(value, dict)]
+    for parameters_of_rope in nested or [rope]:
+        kind = parameters_of_rope.get("rope_type", "default")
+        if kind in ("dynamic", "longrope"):
+            return f"its rotary frequencies ({kind}) depend on the longest position in the batch"
+    return None
+
+
+@torch.no_grad()
+def self_test(base: Base) -> None:
+    """One layout against plain forwards, on random tokens, with a context longer than a short window.
+
+    Raises ForetellError if a regular row's logits differ from the base's own beyond rounding: whatever the rules
+    missed (positions by row index, other mask forms, hidden state) shows here.
+    """
+    from foretell.attention import attention_mask
+    from foretell.layout import quadratic
+
+    layout = quadratic(2, 1)
+    windows = [window[1] for window in window_kinds(base.text_config).values() if window]
+    context = max([8] + [size + 3 for size in windows if size <= 512])
+    if base.max_positions is not None:
+        context = min(context, base.max_positions - 5)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, base.vocab_size, (1, context + 3), generator=generator).to(base.device)
+    expected = base.lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, -3:].float()
+
+    # The whole sequence as one layout without a cache: prefix, then [x s1 s2], then a mask row after each of them.
+    positions = torch.cat([torch.arange(context), context + layout.position_offsets])[None].to(base.device)
+    total = context + layout.width
+    visible = torch.zeros(total, total, dtype=torch.bool)
+    visible[:context, :context] = torch.ones(context, context, dtype=torch.bool).tril()
+    visible[context:, :context] = True
+    visible[context:, context:] = layout.visible
+    mask = attention_mask(visible[None].to(base.device), positions, positions, base.text_config, base.dtype)
+    embeddings = torch.cat([base.embed(ids), base.embed(ids[:, :3])], dim=1)
+    logits = base.unembed(base.latents(embeddings, positions, mask))[0, context : context + 3].float()
+
+    scale = expected.abs().max().clamp_min(1e-6)
+    error = float((logits - expected).abs().max() / scale)
+    limit = 1e-3 if base.dtype == torch.float32 else 0.1
+    if not error < limit:
+        raise ForetellError(
+            f"{type(base.lm).__name__} is not supported: a step with masks changed its own logits by {error:.1e} of their range, "
+            "so its output would not be the base's; please report the architecture"
+        )
