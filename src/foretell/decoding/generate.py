@@ -1,0 +1,211 @@
+"""The user's API: `foretell.load(...)` gives a model, `model.generate(...)` its text with an account of the steps."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from foretell import checkpoint
+from foretell.base import Base
+from foretell.config import DTYPES, DecodeConfig
+from foretell.decoding import loop
+from foretell.decoding.loop import Step
+from foretell.errors import ForetellError
+from foretell.model import MTPModel
+
+EMBEDDED = Path(__file__).parents[1] / "assets" / "embedded" / "adapter"
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What was generated and what it took. `acceptance_rate` is tokens per model step, prefill not counted."""
+
+    text: str
+    token_ids: list[int]
+    prompt_tokens: int
+    new_tokens: int
+    steps: int
+    acceptance_rate: float
+    acceptance_rate_with_prefill: float
+    acceptance_histogram: list[int]  # [h]: steps that yielded h + 1 tokens
+    repeated_4gram_share: float
+    seconds: float
+    tokens_per_second: float
+    strategy: str
+    masks: int
+    model: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class MTPForCausalLM(MTPModel):
+    """An `MTPModel` that generates."""
+
+    source: str = ""  # where it was loaded from, as the user named it
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path | None = None,
+        *,
+        base: str | Base | None = None,
+        dtype: str | torch.dtype = "float32",
+        device: str | torch.device | None = None,
+        trust_remote_code: bool = False,
+        check: bool = True,
+    ) -> Self:
+        """A trained model from a directory or Hub name; None is the small model that ships with foretell.
+
+        Raises ForetellError for a missing or damaged checkpoint, another base than it was trained on, or an
+        unsupported architecture.
+        """
+        model = checkpoint.load(
+            cls,
+            EMBEDDED if source is None else source,
+            base=base,
+            dtype=resolve_dtype(dtype),
+            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            trust_remote_code=trust_remote_code,
+            check=check,
+        )
+        model.source = "embedded" if source is None else str(source)
+        model.for_inference()
+        return model
+
+    def save_pretrained(self, directory: str | Path) -> Path:
+        """Writes adapter, configuration and model card; see `foretell.checkpoint.save`."""
+        return checkpoint.save(self, directory)
+
+    def push_to_hub(self, repository: str, *, private: bool = False) -> str:
+        """Uploads the checkpoint to the Hub repository `repository`; returns its address."""
+        return checkpoint.push_to_hub(self, repository, private=private)
+
+    def generate(
+        self, prompt: str | None = None, *, input_ids: Tensor | Sequence[int] | None = None, chat: bool = False, **settings: Any
+    ) -> Generation:
+        """The base's greedy continuation of a prompt, several tokens per step.
+
+        Give a text, or input_ids ((n,) or (1, n)). `chat` puts the text through the base's chat template. Settings are
+        the fields of `DecodeConfig`: max_new_tokens, strategy, masks, use_sampler.
+        Raises ForetellError for bad settings and for a prompt that does not fit the base's context.
+        """
+        ids = self.encode(prompt, input_ids, chat)
+        config = self.decode_config(settings)
+        start = time.perf_counter()
+        done = list(self._steps(ids, config))
+        seconds = time.perf_counter() - start
+        return self.account(done, ids.shape[1], seconds, config)
+
+    def steps(
+        self, prompt: str | None = None, *, input_ids: Tensor | Sequence[int] | None = None, chat: bool = False, **settings: Any
+    ) -> Iterator[Step]:
+        """As `generate`, but yields every step as it is done: its tokens and their origin (base or draft)."""
+        # Checked here, not at the first next(): a bad prompt should raise where it was given.
+        return self._steps(self.encode(prompt, input_ids, chat), self.decode_config(settings))
+
+    def _steps(self, ids: Tensor, config: DecodeConfig) -> Iterator[Step]:
+        limit = self.base.max_positions
+        if limit is not None and ids.shape[1] + config.max_new_tokens > limit:
+            raise ForetellError(
+                f"the prompt is too long: {ids.shape[1]} tokens and {config.max_new_tokens} new ones exceed the base's context of {limit}; "
+                "shorten the prompt or lower max_new_tokens"
+            )
+        return loop.steps(
+            self,
+            ids,
+            max_new_tokens=config.max_new_tokens,
+            strategy=config.strategy,
+            masks=config.masks,
+            use_sampler=config.use_sampler,
+            stop_ids=self.stop_ids(),
+        )
+
+    def decode_config(self, settings: dict[str, Any]) -> DecodeConfig:
+        """Settings, checked; masks defaults to the k of training."""
+        config = DecodeConfig.from_dict({"masks": self.max_masks, **{k: v for k, v in settings.items() if v is not None}})
+        if config.masks is not None and config.masks > self.max_masks:
+            raise ForetellError(f"masks must be at most {self.max_masks}, which this adapter was trained with, not {config.masks}")
+        return config
+
+    def encode(self, prompt: str | None, input_ids: Tensor | Sequence[int] | None = None, chat: bool = False) -> Tensor:
+        """(1, n) int64 on the base's device. Raises ForetellError if empty, both or neither are given."""
+        if (prompt is None) == (input_ids is None):
+            raise ForetellError("give either a prompt or input_ids")
+        if input_ids is not None:
+            ids = torch.as_tensor(input_ids, dtype=torch.long)
+            ids = ids[None] if ids.ndim == 1 else ids
+            if ids.ndim != 2 or ids.shape[0] != 1:
+                raise ForetellError(f"input_ids must be one sequence, (n,) or (1, n), not {tuple(ids.shape)}")
+        elif self.tokenizer is None:
+            raise ForetellError(f"the base {self.base.name} has no tokenizer; give input_ids")
+        elif chat:
+            if not self.tokenizer.chat_template:
+                raise ForetellError(f"the base {self.base.name} has no chat template; leave out chat")
+            messages = [{"role": "user", "content": prompt}]
+            ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
+        else:
+            ids = self.tokenizer(prompt, return_tensors="pt")["input_ids"].long()
+        if ids.shape[1] == 0:
+            raise ForetellError("the prompt is empty; give at least one token")
+        return ids.to(self.base.device)
+
+    def stop_ids(self) -> set[int]:
+        """The base's end-of-text ids, as its `generate()` uses them."""
+        eos = self.base.lm.generation_config.eos_token_id if self.base.lm.generation_config else None
+        if eos is None:
+            return set()
+        return set(eos) if isinstance(eos, (list, tuple)) else {int(eos)}
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of generated ids, without special tokens."""
+        return "" if self.tokenizer is None else self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+    def account(self, done: Sequence[Step], prompt_tokens: int, seconds: float, config: DecodeConfig) -> Generation:
+        """The `Generation` of a finished list of steps."""
+        tokens = [token for step in done for token in step.tokens]
+        masks = 0 if config.strategy == "autoregressive" else config.masks or self.max_masks
+        sizes = Counter(len(step.tokens) for step in done)
+        return Generation(
+            text=self.decode(tokens),
+            token_ids=tokens,
+            prompt_tokens=prompt_tokens,
+            new_tokens=len(tokens),
+            steps=len(done),
+            acceptance_rate=len(tokens) / len(done),
+            acceptance_rate_with_prefill=len(tokens) / (len(done) + 1),
+            acceptance_histogram=[sizes[size] for size in range(1, masks + 2)],
+            repeated_4gram_share=repeated_ngram_share(tokens),
+            seconds=seconds,
+            tokens_per_second=len(tokens) / seconds,
+            strategy=config.strategy,
+            masks=masks,
+            model=self.source or self.base.name,
+        )
+
+
+def load(source: str | Path | None = None, **kwargs: Any) -> MTPForCausalLM:
+    """A model ready to generate; see `MTPForCausalLM.from_pretrained`. Without a source: the embedded model."""
+    return MTPForCausalLM.from_pretrained(source, **kwargs)
+
+
+def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """Raises ForetellError for a name that is not one of DTYPES."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise ForetellError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+    return getattr(torch, dtype)
+
+
+def repeated_ngram_share(tokens: Sequence[int], n: int = 4) -> float:
+    """Share of n-grams that occurred before in the same text: loops flatter acceptance, so it stands beside it."""
+    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
