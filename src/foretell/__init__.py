@@ -1,4 +1,4 @@
-"""foretell: any Hugging Face causal language model says several tokens per step, with the output it would have given anyway."""
+"""foretell: a Hugging Face causal language model says several tokens per step, with the output it would give anyway."""
 
 from __future__ import annotations
 

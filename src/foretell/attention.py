@@ -1,7 +1,7 @@
 """Attention masks in the form each base wants, from who-sees-whom and positions.
 
-A ready 4-D mask is used by transformers as it is. We always give the additive form (0 and the dtype's minimum): sdpa takes it
-as well as a boolean one, eager attention takes only it, and sdpa would convert a boolean mask anew in every layer.
+A ready 4-D mask is used by transformers as it is. We always give the additive form (0 and the dtype's minimum): sdpa
+takes it as well as a boolean one, eager attention takes only it, and sdpa would convert a boolean mask in every layer.
 """
 
 from __future__ import annotations

@@ -22,7 +22,9 @@ class Base(nn.Module):
         self.embedding = lm.get_input_embeddings()
         self.head = lm.get_output_embeddings()
         if self.embedding is None or self.head is None:
-            raise ForetellError(f"{type(lm).__name__} has no embedding or no output layer, so foretell can't add masks to it")
+            raise ForetellError(
+                f"{type(lm).__name__} has no embedding or no output layer, so foretell can't add masks to it"
+            )
         self.text_config = lm.config.get_text_config()
         self.vocab_size = int(self.head.weight.shape[0])
         self.d_model = int(self.head.weight.shape[1])

@@ -1,6 +1,6 @@
 """Checkpoints: `foretell.json` + `foretell.safetensors` + a model card in a directory or Hub repository.
 
-Not the PEFT layout on purpose: `PeftModel.from_pretrained` would apply the adapter to every token and change the answers.
+Not the PEFT layout on purpose: `PeftModel.from_pretrained` would apply the adapter to every token and change answers.
 """
 
 from __future__ import annotations
@@ -32,9 +32,7 @@ def save(model: MTPModel, directory: str | Path, *, dtype: torch.dtype | None = 
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    weights = {
-        name: p.detach().to("cpu", dtype or p.dtype).contiguous() for name, p in model.own_parameters().items()
-    }
+    weights = {name: p.detach().to("cpu", dtype or p.dtype).contiguous() for name, p in model.own_parameters().items()}
     write_safetensors(weights, directory / WEIGHTS_FILE)
     provenance = {"foretell": foretell.__version__, "torch": torch.__version__, **model.provenance}
     description = {
@@ -73,8 +71,8 @@ def load(
         tokenizer_source = base.name
     if base.fingerprint() != description["base_fingerprint"]:
         raise ForetellError(
-            f"the adapter in {source} was trained for {description['base']} and does not fit {base.name}: their weights differ; "
-            "give the right base with --base, or train an adapter for this one"
+            f"the adapter in {source} was trained for {description['base']} and does not fit {base.name}: "
+            "their weights differ; give the right base with --base, or train an adapter for this one"
         )
     config = MTPConfig.from_dict(description["config"])
     model = cls(base, config, load_tokenizer(tokenizer_source, trust_remote_code), check=check)
@@ -88,7 +86,9 @@ def load_weights(model: MTPModel, path: Path) -> None:
     weights = read_safetensors(path)
     own = model.own_parameters()
     if set(weights) != set(own) or any(weights[name].shape != own[name].shape for name in own):
-        raise ForetellError(f"{path} does not hold the weights that its {CONFIG_FILE} describes; train or download it again")
+        raise ForetellError(
+            f"{path} does not hold the weights that its {CONFIG_FILE} describes; train or download it again"
+        )
     for name, parameter in own.items():
         parameter.data.copy_(weights[name])
 
@@ -116,7 +116,9 @@ def read_description(directory: Path) -> dict[str, Any]:
         description = json.loads(path.read_text(encoding="utf-8"))
         missing = {"format", "base", "base_fingerprint", "config"} - set(description)
     except FileNotFoundError as error:
-        raise ForetellError(f"{directory} has no {CONFIG_FILE}: it is not a foretell model (a base alone needs `foretell train`)") from error
+        raise ForetellError(
+            f"{directory} has no {CONFIG_FILE}: it is not a foretell model (a base alone needs `foretell train`)"
+        ) from error
     except (ValueError, TypeError) as error:
         raise ForetellError(f"{path} is damaged ({error}); train or download it again") from error
     if missing:
@@ -175,7 +177,9 @@ def _replace(path: Path, write: Any) -> None:
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
-        raise ForetellError(f"{path} could not be written ({error}); free some space or give another directory; nothing was lost") from error
+        raise ForetellError(
+            f"{path} could not be written ({error}); free some space or give another directory; nothing was lost"
+        ) from error
 
 
 def model_card(description: dict[str, Any]) -> str:
@@ -190,7 +194,8 @@ tags: [multi-token-prediction, speculative-decoding]
 ---
 # Several tokens per step for {description["base"]}
 
-An adapter of [foretell](https://arxiv.org/abs/2507.11851): k={config["masks"]} masks, gated LoRA, sampler head. Output is the base's own.
+A foretell adapter (method: [arXiv 2507.11851](https://arxiv.org/abs/2507.11851)) with {config["masks"]} masks.
+It makes the base say several tokens per step; the output is the base's own.
 
 ```python
 import foretell
@@ -226,5 +231,7 @@ def push_to_hub(model: MTPModel, repository: str, *, private: bool = False) -> s
             api.upload_folder(repo_id=repository, folder_path=folder)
         except Exception as error:
             reason = str(error).strip().splitlines()[0]
-            raise ForetellError(f"{repository} could not be uploaded ({reason}); log in with `hf auth login` and try again") from error
+            raise ForetellError(
+                f"{repository} could not be uploaded ({reason}); log in with `hf auth login` and try again"
+            ) from error
     return str(url)

@@ -22,9 +22,7 @@ def option(
     maximum: float | None = None,
 ) -> Any:
     """A dataclass field with help text and the bounds that `Config.__post_init__` checks."""
-    return field(
-        default=default, metadata={"help": help, "choices": choices, "minimum": minimum, "maximum": maximum}
-    )
+    return field(default=default, metadata={"help": help, "choices": choices, "minimum": minimum, "maximum": maximum})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +51,7 @@ class Config:
         for key in values:
             if key not in known:
                 raise ForetellError(f"unknown setting {key!r} for {cls.__name__}; known: {', '.join(sorted(known))}")
-        missing = [
-            f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in values
-        ]
+        missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in values]
         if missing:
             raise ForetellError(f"{cls.__name__} needs {', '.join(missing)}")
         hints = typing.get_type_hints(cls)
@@ -101,7 +97,9 @@ class MTPConfig(Config):
     )  # fmt: skip
     rank: int = option(128, "rank of the LoRA matrices", minimum=1)
     alpha: float = option(256.0, "LoRA scale: the low-rank term is multiplied by alpha / rank", minimum=0.0)
-    sampler: str = option("mlp", "sampler head: mlp as in the paper, residual, or none", choices=("mlp", "residual", "none"))
+    sampler: str = option(
+        "mlp", "sampler head: mlp as in the paper, residual, or none", choices=("mlp", "residual", "none")
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +119,9 @@ class TrainConfig(Config):
     sampler_weight: float = option(1.0, "weight of the sampler head's cross-entropy", minimum=0.0)
     lcm_weight: float = option(1.0, "weight of the latent consistency loss", minimum=0.0)
     lcm_normalised: bool = option(
-        True, "divide the latent consistency loss by the variance of the base's latents, so that its weight means the same for every base"
-    )  # fmt: skip
+        True,
+        "divide the latent consistency loss by the variance of the base's latents: one weight then suits every base",
+    )
     seed: int = option(0, "seed of initialisation, data order and anchors", minimum=0)
     dtype: str = option("float32", "precision of the base's weights and of autocast", choices=DTYPES)
     checkpoint_every: int = option(200, "steps between checkpoints", minimum=1)

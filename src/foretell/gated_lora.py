@@ -75,7 +75,9 @@ class GatedLoRA(nn.Module):
         # Some bases (OPT) flatten batch and rows before their linears; slicing rows there would hit regular tokens.
         rows = x.reshape(-1, width, x.shape[-1])
         if rows.shape[0] * width != x.numel() // x.shape[-1]:
-            raise ForetellError(f"an adapted layer got {tuple(x.shape)}, which is not a whole number of {width}-row steps")
+            raise ForetellError(
+                f"an adapted layer got {tuple(x.shape)}, which is not a whole number of {width}-row steps"
+            )
         added = adapter(rows[:, regular:])
         if torch.is_grad_enabled():
             flat = output.reshape(-1, width, output.shape[-1])

@@ -66,7 +66,9 @@ class Layout:
     def position_offsets(self) -> Tensor:
         """(Q,) int64: position id of each row minus that of regular token 0. m_j after token r: r + j."""
         after, number, _ = self._rows
-        return torch.cat([torch.arange(self.regular), torch.tensor(after, dtype=torch.long) + torch.tensor(number, dtype=torch.long)])
+        return torch.cat(
+            [torch.arange(self.regular), torch.tensor(after, dtype=torch.long) + torch.tensor(number, dtype=torch.long)]
+        )
 
     @cached_property
     def label_offsets(self) -> Tensor:

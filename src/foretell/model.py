@@ -24,7 +24,7 @@ class MTPModel(nn.Module):
     """Multi-token prediction on a frozen base (method.md sections 1 to 3).
 
     `base` is wrapped, not changed: with the gate closed its forwards are the base's own. Parameters of ours are
-    `mask_vectors` (k, E), `adapter` and `sampler`, in fp32 while training and in the base's dtype after `for_inference`.
+    `mask_vectors` (k, E), `adapter` and `sampler`: fp32 while training, in the base's dtype after `for_inference`.
 
     Raises ForetellError if the base can't be supported.
     """

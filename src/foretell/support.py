@@ -17,7 +17,9 @@ def check_supported(base: Base) -> None:
     """Raises ForetellError with the reason if decoding with layouts would be wrong on this base."""
     reason = refusal(base)
     if reason:
-        raise ForetellError(f"{type(base.lm).__name__} is not supported: {reason}; choose a base with plain attention layers")
+        raise ForetellError(
+            f"{type(base.lm).__name__} is not supported: {reason}; choose a base with plain attention layers"
+        )
 
 
 def refusal(base: Base) -> str | None:
@@ -82,6 +84,6 @@ def self_test(base: Base) -> None:
     limit = 1e-3 if base.dtype == torch.float32 else 0.1
     if not error < limit:
         raise ForetellError(
-            f"{type(base.lm).__name__} is not supported: a step with masks changed its own logits by {error:.1e} of their range, "
-            "so its output would not be the base's; please report the architecture"
+            f"{type(base.lm).__name__} is not supported: a step with masks changed its own logits by {error:.1e} of "
+            "their range, so its output would not be the base's; please report the architecture"
         )

@@ -15,7 +15,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 
 class StaticLayer(CacheLayerMixin):
-    """Keys and values (B, H, capacity, D_head) of one layer; sliding-window layers keep everything and are masked by position."""
+    """Keys and values (B, H, capacity, D_head) of one layer; sliding windows keep all and are masked by position."""
 
     is_sliding = False
 
@@ -32,9 +32,7 @@ class StaticLayer(CacheLayerMixin):
         )
         self.is_initialized = True
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Writes (B, H, Q, D_head) behind the kept tokens; returns views of all (B, H, length + Q, D_head)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)

@@ -89,7 +89,12 @@ class MTPForCausalLM(MTPModel):
         return checkpoint.push_to_hub(self, repository, private=private)
 
     def generate(
-        self, prompt: str | None = None, *, input_ids: Tensor | Sequence[int] | None = None, chat: bool = False, **settings: Any
+        self,
+        prompt: str | None = None,
+        *,
+        input_ids: Tensor | Sequence[int] | None = None,
+        chat: bool = False,
+        **settings: Any,
     ) -> Generation:
         """The base's greedy continuation of a prompt, several tokens per step.
 
@@ -105,7 +110,12 @@ class MTPForCausalLM(MTPModel):
         return self.account(done, ids.shape[1], seconds, config)
 
     def steps(
-        self, prompt: str | None = None, *, input_ids: Tensor | Sequence[int] | None = None, chat: bool = False, **settings: Any
+        self,
+        prompt: str | None = None,
+        *,
+        input_ids: Tensor | Sequence[int] | None = None,
+        chat: bool = False,
+        **settings: Any,
     ) -> Iterator[Step]:
         """As `generate`, but yields every step as it is done: its tokens and their origin (base or draft)."""
         # Checked here, not at the first next(): a bad prompt should raise where it was given.
@@ -115,8 +125,8 @@ class MTPForCausalLM(MTPModel):
         limit = self.base.max_positions
         if limit is not None and ids.shape[1] + config.max_new_tokens > limit:
             raise ForetellError(
-                f"the prompt is too long: {ids.shape[1]} tokens and {config.max_new_tokens} new ones exceed the base's context of {limit}; "
-                "shorten the prompt or lower max_new_tokens"
+                f"the prompt is too long: {ids.shape[1]} tokens and {config.max_new_tokens} new ones exceed the base's "
+                f"context of {limit}; shorten the prompt or lower max_new_tokens"
             )
         return loop.steps(
             self,
@@ -130,9 +140,13 @@ class MTPForCausalLM(MTPModel):
 
     def decode_config(self, settings: dict[str, Any]) -> DecodeConfig:
         """Settings, checked; masks defaults to the k of training."""
-        config = DecodeConfig.from_dict({"masks": self.max_masks, **{k: v for k, v in settings.items() if v is not None}})
+        config = DecodeConfig.from_dict(
+            {"masks": self.max_masks, **{k: v for k, v in settings.items() if v is not None}}
+        )
         if config.masks is not None and config.masks > self.max_masks:
-            raise ForetellError(f"masks must be at most {self.max_masks}, which this adapter was trained with, not {config.masks}")
+            raise ForetellError(
+                f"masks must be at most {self.max_masks}, which this adapter was trained with, not {config.masks}"
+            )
         return config
 
     def encode(self, prompt: str | None, input_ids: Tensor | Sequence[int] | None = None, chat: bool = False) -> Tensor:
@@ -150,7 +164,9 @@ class MTPForCausalLM(MTPModel):
             if not self.tokenizer.chat_template:
                 raise ForetellError(f"the base {self.base.name} has no chat template; leave out chat")
             messages = [{"role": "user", "content": prompt}]
-            ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
+            ids = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )["input_ids"]
         else:
             ids = self.tokenizer(prompt, return_tensors="pt")["input_ids"].long()
         if ids.shape[1] == 0:

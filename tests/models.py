@@ -1,0 +1,84 @@
+"""Tiny random models of many architectures, for tests; nothing is downloaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers as hf
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from foretell.base import Base
+from foretell.config import MTPConfig
+from foretell.decoding.generate import MTPForCausalLM
+
+VOCAB = 97
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+GQA = {**COMMON, "num_key_value_heads": 2}
+
+# Windows of 16 are shorter than the contexts of the tests, so that a wrong window shows.
+CONFIGS = {
+    "llama": hf.LlamaConfig(**GQA),
+    "qwen2": hf.Qwen2Config(**GQA),
+    "mistral": hf.MistralConfig(**GQA, sliding_window=16),
+    "gpt_neox": hf.GPTNeoXConfig(**COMMON),
+    "gemma2": hf.Gemma2Config(**GQA, sliding_window=16, head_dim=8),
+    "gemma3": hf.Gemma3TextConfig(
+        **GQA,
+        sliding_window=16,
+        head_dim=8,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "phi3": hf.Phi3Config(**GQA),
+    "gpt2": hf.GPT2Config(
+        vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, n_positions=256, bos_token_id=None, eos_token_id=None
+    ),
+    "opt": hf.OPTConfig(
+        **{**COMMON, "ffn_dim": 64, "word_embed_proj_dim": 16},
+    ),
+    "granite": hf.GraniteConfig(**GQA, logits_scaling=3.0, embedding_multiplier=2.0),
+    "cohere": hf.CohereConfig(**GQA),
+}
+
+
+def tiny_lm(name: str = "llama", seed: int = 0, spread: float | None = 0.2) -> PreTrainedModel:
+    """A random model in fp32; weights N(0, spread²) give varied greedy text, None keeps the library's start."""
+    torch.manual_seed(seed)
+    attention = "eager" if name == "gemma2" else "sdpa"  # soft-capped attention scores need eager
+    lm = AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation=attention).eval()
+    if spread is not None:
+        for parameter in lm.parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=spread)
+    return lm
+
+
+def tiny_model(name: str = "llama", masks: int = 4, random_adapter: bool = True, **settings: Any) -> MTPForCausalLM:
+    """`tiny_lm` with an adapter; a random one proposes nonsense, so nearly every draft is rejected."""
+    model = MTPForCausalLM(Base(tiny_lm(name)), MTPConfig(masks=masks, rank=4, alpha=8.0, **settings))
+    if random_adapter:
+        torch.manual_seed(1)
+        for parameter in model.own_parameters().values():
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.for_inference()
+    return model
+
+
+def reference(lm: PreTrainedModel, ids: torch.Tensor, new: int) -> list[int]:
+    """Greedy tokens of the base's own generate()."""
+    out = lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
+    return out[0, ids.shape[1] :].tolist()
+
+
+def random_prompt(length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, VOCAB, (1, length), generator=torch.Generator().manual_seed(seed))
