@@ -111,10 +111,10 @@ class TrainConfig(Config):
     seq_len: int = option(512, "tokens per sequence; longer records are cut", minimum=8)
     anchors: int = option(64, "mask blocks per sequence, hung after randomly chosen positions", minimum=1)
     lr: float = option(1e-3, "peak learning rate of AdamW", minimum=0.0)
-    warmup: int = option(100, "steps of linear warm-up", minimum=0)
+    warmup: int = option(100, "steps of linear warm-up, at most a fifth of all", minimum=0)
     schedule: str = option("cosine", "learning rate after warm-up", choices=("cosine", "flat"))
     weight_decay: float = option(0.0, "decoupled weight decay", minimum=0.0)
-    max_grad_norm: float = option(1.0, "gradients are clipped to this norm", minimum=0.0)
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: not clipped", minimum=0.0)
     base_weight: float = option(1.0, "weight of the cross-entropy of the base's own logits at masks", minimum=0.0)
     sampler_weight: float = option(1.0, "weight of the sampler head's cross-entropy", minimum=0.0)
     lcm_weight: float = option(1.0, "weight of the latent consistency loss", minimum=0.0)
@@ -126,6 +126,7 @@ class TrainConfig(Config):
     dtype: str = option("float32", "precision of the base's weights and of autocast", choices=DTYPES)
     checkpoint_every: int = option(200, "steps between checkpoints", minimum=1)
     log_every: int = option(10, "steps between lines of the metrics file", minimum=1)
+    evaluate_every: int = option(200, "steps between measurements on held-out text", minimum=1)
 
 
 STRATEGIES = ("autoregressive", "linear", "quadratic")
