@@ -47,7 +47,7 @@ CONFIGS = {
         **{**COMMON, "ffn_dim": 64, "word_embed_proj_dim": 16},
     ),
     "granite": hf.GraniteConfig(**GQA, logits_scaling=3.0, embedding_multiplier=2.0),
-    "cohere": hf.CohereConfig(**GQA),
+    "cohere": hf.CohereConfig(**GQA, logit_scale=0.5),
 }
 
 

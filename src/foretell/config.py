@@ -140,3 +140,8 @@ class DecodeConfig(Config):
     strategy: str = option("quadratic", "which layout every step uses", choices=STRATEGIES)
     masks: int | None = option(None, "masks per block, 1 up to the k the adapter was trained with [that k]", minimum=1)
     use_sampler: bool = option(True, "draft with the sampler head; off: drafts are the base's argmax at each mask")
+    shortlist: int = option(
+        0,
+        "tokens per mask that the sampler head chooses among, those the base likes best; 0: the whole vocabulary",
+        minimum=0,
+    )

@@ -9,11 +9,15 @@ from torch.nn import functional as F
 from foretell.model import MTPModel
 
 
-def draft(model: MTPModel, latents: Tensor, first: Tensor, use_sampler: bool = True) -> Tensor:
+def draft(model: MTPModel, latents: Tensor, first: Tensor, use_sampler: bool = True, shortlist: int = 0) -> Tensor:
     """latents (K, D) of one block and the token before it, first () int64 -> drafts (K,) int64, all on the device.
 
     With the sampler each draft is conditioned on the one before; the chain starts from the base's own token. Without
     it every draft is the base's argmax at its mask.
+
+    The exact chain reads the whole unembedding K times in a row. With `shortlist` m it is read once, for all masks
+    together, and the sampler chooses among the m tokens that the base likes best at each mask: cheaper, and different
+    only where the sampler's choice is not among them. Either way it concerns drafts alone, never the output.
     """
     sampler = model.sampler
     if sampler is None or not use_sampler:
@@ -21,10 +25,19 @@ def draft(model: MTPModel, latents: Tensor, first: Tensor, use_sampler: bool = T
     # The first linear reads [E_y; z]. Its z half needs no token, so it is done for all masks at once.
     of_token, of_latent = sampler.first.weight.split([sampler.d_embedding, latents.shape[-1]], dim=1)
     halves = F.linear(latents, of_latent, sampler.first.bias)
+    short = min(shortlist, model.base.vocab_size) if isinstance(model.base.head, torch.nn.Linear) else 0
+    if short:
+        candidates = model.base.unembed(latents).topk(short, sorted=False).indices  # (K, m)
+        rows = model.base.head.weight[candidates]  # (K, m, D)
+        bias = None if model.base.head.bias is None else model.base.head.bias[candidates]
     drafts = []
     token = first
-    for half, latent in zip(halves, latents, strict=True):
-        hidden = half + F.linear(model.base.embed(token), of_token)
-        token = model.base.unembed(sampler.finish(hidden, latent)).argmax(-1)
+    for mask, (half, latent) in enumerate(zip(halves, latents, strict=True)):
+        sampled = sampler.finish(half + F.linear(model.base.embed(token), of_token), latent)
+        if short:
+            scores = rows[mask] @ sampled if bias is None else torch.addmv(bias[mask], rows[mask], sampled)
+            token = candidates[mask, scores.argmax()]
+        else:
+            token = model.base.unembed(sampled).argmax(-1)
         drafts.append(token)
     return torch.stack(drafts)

@@ -72,7 +72,7 @@ class MTPForCausalLM(MTPModel):
             EMBEDDED if source is None else source,
             base=base,
             dtype=resolve_dtype(dtype),
-            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            device=resolve_device(device),
             trust_remote_code=trust_remote_code,
             check=check,
         )
@@ -135,6 +135,7 @@ class MTPForCausalLM(MTPModel):
             strategy=config.strategy,
             masks=config.masks,
             use_sampler=config.use_sampler,
+            shortlist=config.shortlist,
             stop_ids=self.stop_ids(),
         )
 
@@ -219,6 +220,17 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
     if dtype not in DTYPES:
         raise ForetellError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     return getattr(torch, dtype)
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """None: a GPU if there is one. Raises ForetellError for a device that torch does not know or does not have."""
+    try:
+        resolved = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=resolved)
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
+        reason = str(error).strip().splitlines()[0]
+        raise ForetellError(f"there is no device {str(device)!r} ({reason}); give cpu, cuda or cuda:N") from error
+    return resolved
 
 
 def repeated_ngram_share(tokens: Sequence[int], n: int = 4) -> float:

@@ -39,6 +39,7 @@ def steps(
     strategy: str = "quadratic",
     masks: int | None = None,
     use_sampler: bool = True,
+    shortlist: int = 0,
     stop_ids: Collection[int] = (),
 ) -> Iterator[Step]:
     """Greedy decoding of one prompt, input_ids (1, n) int64, step by step; nothing past a stop id is yielded.
@@ -72,5 +73,5 @@ def steps(
                 break
         x = choices[count : count + 1]
         rows = layout.block_rows(count) if remaining else None
-        drafts = x[:0] if rows is None else draft(model, latents[rows], x[0], use_sampler)
+        drafts = x[:0] if rows is None else draft(model, latents[rows], x[0], use_sampler, shortlist)
         yield Step(tokens, min(count, len(tokens)), layout)

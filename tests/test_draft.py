@@ -1,0 +1,56 @@
+"""The draft chain against a plain reading of method.md section 3, and the shortlist against the exact chain."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from foretell.decoding.draft import draft
+from foretell.model import MTPModel
+
+from .models import VOCAB, random_prompt, reference, tiny_model
+
+
+def plain_chain(model: MTPModel, latents: Tensor, token: Tensor) -> list[int]:
+    """y = argmax W · MLP([E_y; z]), one mask after another."""
+    assert model.sampler is not None
+    drafts = []
+    for latent in latents:
+        token = model.base.unembed(model.sampler(model.base.embed(token), latent)).argmax(-1)
+        drafts.append(int(token))
+    return drafts
+
+
+@pytest.mark.parametrize("sampler", ["mlp", "residual"])
+@pytest.mark.parametrize("name", ["llama", "opt", "gemma2"])
+def test_chain_equals_the_plain_reading(name: str, sampler: str) -> None:
+    model = tiny_model(name, sampler=sampler)
+    for seed in range(8):
+        latents = torch.randn(4, model.base.d_model, generator=torch.Generator().manual_seed(seed))
+        first = torch.tensor(seed)
+        expected = plain_chain(model, latents, first)
+        assert draft(model, latents, first).tolist() == expected
+        assert draft(model, latents, first, shortlist=VOCAB).tolist() == expected
+        assert draft(model, latents, first, shortlist=10**6).tolist() == expected
+
+
+def test_chain_depends_on_the_token_before() -> None:
+    model = tiny_model()
+    latents = torch.randn(4, model.base.d_model, generator=torch.Generator().manual_seed(0))
+    chains = {tuple(draft(model, latents, torch.tensor(first)).tolist()) for first in range(30)}
+    assert len(chains) > 1
+
+
+def test_shortlist_of_one_is_the_base_argmax() -> None:
+    model = tiny_model()
+    latents = torch.randn(4, model.base.d_model, generator=torch.Generator().manual_seed(0))
+    expected = model.base.unembed(latents).argmax(-1)
+    assert torch.equal(draft(model, latents, torch.tensor(3), shortlist=1), expected)
+    assert torch.equal(draft(model, latents, torch.tensor(3), use_sampler=False), expected)
+    assert not torch.equal(draft(model, latents, torch.tensor(3)), expected)
+
+
+def test_shortlist_never_changes_the_output() -> None:
+    model = tiny_model()
+    prompt = random_prompt(9)
+    expected = reference(model.base.lm, prompt, 40)
+    assert model.generate(input_ids=prompt, max_new_tokens=40, shortlist=3).token_ids == expected

@@ -1,0 +1,164 @@
+"""Two passes against a slow interleaved reference written out here: same losses, same gradients (method.md section 1)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, LlamaConfig, MistralConfig
+
+from foretell.base import Base
+from foretell.config import MTPConfig, TrainConfig
+from foretell.gated_lora import adapted_linears
+from foretell.model import MTPModel
+from foretell.training.losses import mtp_losses, targets
+from foretell.training.two_pass import mask_pass, one_pass, regular_pass
+
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 53, "max_position_embeddings": 64, "pad_token_id": 0,
+}  # fmt: skip
+WINDOW, K, RANK, ALPHA = 4, 3, 4, 8.0
+BASES = {
+    "llama": LlamaConfig(**SIZES),
+    "mistral": MistralConfig(**SIZES, sliding_window=WINDOW),
+    "gemma2": Gemma2Config(**SIZES, sliding_window=WINDOW, query_pre_attn_scalar=8),
+    "gemma3": Gemma3TextConfig(
+        **SIZES, sliding_window=WINDOW, query_pre_attn_scalar=8, layer_types=["sliding_attention", "full_attention"]
+    ),
+}
+
+
+def tiny_model(kind: str = "llama", **settings: object) -> MTPModel:
+    torch.manual_seed(0)
+    base = Base(AutoModelForCausalLM.from_config(BASES[kind]).float())
+    config = MTPConfig(**{"masks": K, "rank": RANK, "alpha": ALPHA, **settings})
+    model = MTPModel(base, config, check=False)
+    for parameter in model.own_parameters().values():  # away from zero, so that every gradient is alive
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+def interleaved_reference(model: MTPModel, ids: list[int], anchors: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """[x0 x1 m1 m2 m3 x2 ...] in one forward, every rule spelled out; z of the tokens and of the masks."""
+    rows: list[tuple[int, int]] = []  # (token index, 0) for a token, (anchor, j) for mask j
+    for index in range(len(ids)):
+        rows.append((index, 0))
+        if index in anchors:
+            rows += [(index, j) for j in range(1, K + 1)]
+    full = torch.full((len(rows), len(rows)), torch.finfo(torch.float32).min)
+    sliding = full.clone()
+    for q, (a, i) in enumerate(rows):
+        for c, (b, j) in enumerate(rows):
+            seen = b <= a if j == 0 else (b == a and i >= j)
+            if seen:
+                full[q, c] = 0.0
+                if (a + i) - (b + j) < WINDOW:
+                    sliding[q, c] = 0.0
+    full, sliding = full[None, None], sliding[None, None]
+    kind = model.base.lm.config.model_type
+    mask = {
+        "llama": full, "mistral": sliding,
+    }.get(kind, {"full_attention": full, "sliding_attention": sliding})  # fmt: skip
+    is_mask = torch.tensor([j > 0 for _, j in rows])
+    embedding = model.base.lm.get_input_embeddings()
+    vectors = [embedding(torch.tensor(ids[a])) if j == 0 else model.mask_vectors[j - 1] for a, j in rows]
+
+    handles = []
+    for name, module in adapted_linears(model.base.blocks).items():
+        low = model.adapter.adapters[name.replace(".", "/")]
+
+        def add(module: torch.nn.Module, args: tuple, output: torch.Tensor, low: torch.nn.Module = low) -> torch.Tensor:
+            change = (args[0] @ low.a.T @ low.b.T) * (ALPHA / RANK)
+            return torch.where(is_mask[None, :, None], output + change, output)
+
+        handles.append(module.register_forward_hook(add))
+    z = model.base.lm.base_model(
+        inputs_embeds=torch.stack(vectors)[None],
+        position_ids=torch.tensor([[a + j for a, j in rows]]),
+        attention_mask=mask,
+        use_cache=False,
+    ).last_hidden_state[0]
+    for handle in handles:
+        handle.remove()
+    blocks = [[rows.index((a, j)) for j in range(1, K + 1)] for a in anchors]
+    return z[~is_mask], z[torch.tensor(blocks)]
+
+
+def reference_loss(model: MTPModel, ids: list[int], anchors: list[int]) -> torch.Tensor:
+    """Base and sampler cross-entropy plus the latent consistency loss, one label at a time."""
+    z, masks = interleaved_reference(model, ids, anchors)
+    base, sampler, apart = [], [], {}
+    for block, anchor in enumerate(anchors):
+        for j in range(1, K + 1):
+            if anchor + j + 1 >= len(ids):
+                continue
+            latent, label = masks[block, j - 1], torch.tensor([ids[anchor + j + 1]])
+            base.append(torch.nn.functional.cross_entropy(model.base.unembed(latent)[None], label))
+            guess = model.sampler(model.base.embed(torch.tensor(ids[anchor + j])), latent)
+            sampler.append(torch.nn.functional.cross_entropy(model.base.unembed(guess)[None], label))
+            apart.setdefault(anchor + j, []).append((z[anchor + j].detach() - latent).square().mean())
+    lcm = torch.stack([torch.stack(same).mean() for same in apart.values()]).mean()
+    return torch.stack(base).mean() + torch.stack(sampler).mean() + lcm
+
+
+def gradients(model: MTPModel) -> dict[str, torch.Tensor]:
+    found = {name: p.grad.clone() for name, p in model.own_parameters().items() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+IDS = [3, 17, 5, 40, 9, 22, 51, 8, 30, 12, 7]
+ANCHORS = [1, 4, 5, 8]
+CONFIG = TrainConfig(lcm_normalised=False)
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_losses_and_gradients_equal_the_interleaved_form(kind: str) -> None:
+    model = tiny_model(kind)
+    ids, anchors = torch.tensor([IDS]), torch.tensor([ANCHORS])
+    trained = torch.ones_like(ids, dtype=torch.bool)
+    target = targets(ids, trained, anchors, torch.ones_like(anchors, dtype=torch.bool), K)
+    regular = regular_pass(model, ids)
+    losses = mtp_losses(model, mask_pass(model, anchors, regular), regular.z, target, trained, CONFIG)
+    losses["loss"].backward()
+    fast = gradients(model)
+
+    model.adapter.remove()  # the reference brings its own gate
+    expected = reference_loss(model, IDS, ANCHORS)
+    expected.backward()
+    slow = gradients(model)
+    assert abs(float(losses["loss"] - expected)) <= 1e-5
+    assert all(p.abs().max() > 1e-6 for p in slow.values()), "a parameter without gradient would prove nothing"
+    for name in slow:
+        torch.testing.assert_close(fast[name], slow[name], atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_one_pass_equals_two(kind: str) -> None:
+    model = tiny_model(kind)
+    ids, anchors = torch.tensor([IDS, IDS[::-1]]), torch.tensor([ANCHORS, [0, 2, 3, 9]])
+    regular = regular_pass(model, ids)
+    z, z_masks = one_pass(model, ids, anchors)
+    torch.testing.assert_close(z, regular.z, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(z_masks, mask_pass(model, anchors, regular), atol=1e-5, rtol=1e-5)
+
+
+def test_padding_changes_nothing() -> None:
+    model = tiny_model()
+    anchors = torch.tensor([[2, 5]])
+    short = mask_pass(model, anchors, regular_pass(model, torch.tensor([IDS])))
+    padded = mask_pass(model, anchors, regular_pass(model, torch.tensor([[*IDS, 0, 0, 0, 0]])))
+    torch.testing.assert_close(short[:, :, :], padded, atol=1e-5, rtol=1e-5)
+
+
+def test_the_frozen_cache_survives_a_second_backward() -> None:
+    model = tiny_model()
+    regular = regular_pass(model, torch.tensor([IDS]))
+    for _ in range(2):
+        mask_pass(model, torch.tensor([ANCHORS]), regular).square().mean().backward()
+        found = gradients(model)
+    again = regular_pass(model, torch.tensor([IDS]))
+    mask_pass(model, torch.tensor([ANCHORS]), again).square().mean().backward()
+    fresh = gradients(model)
+    for name, gradient in fresh.items():
+        assert torch.equal(gradient, found[name]), name
