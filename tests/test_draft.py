@@ -28,25 +28,26 @@ def test_chain_equals_the_plain_reading(name: str, sampler: str) -> None:
         latents = torch.randn(4, model.base.d_model, generator=torch.Generator().manual_seed(seed))
         first = torch.tensor(seed)
         expected = plain_chain(model, latents, first)
-        assert draft(model, latents, first).tolist() == expected
-        assert draft(model, latents, first, shortlist=VOCAB).tolist() == expected
-        assert draft(model, latents, first, shortlist=10**6).tolist() == expected
+        for shortlist in (0, VOCAB, 10**6):
+            assert draft(model, latents[None], first[None], shortlist=shortlist).tolist() == [expected]
 
 
 def test_chain_depends_on_the_token_before() -> None:
     model = tiny_model()
     latents = torch.randn(4, model.base.d_model, generator=torch.Generator().manual_seed(0))
-    chains = {tuple(draft(model, latents, torch.tensor(first)).tolist()) for first in range(30)}
-    assert len(chains) > 1
+    chains = draft(model, latents.expand(30, -1, -1), torch.arange(30)).tolist()  # a batch with one token each
+    assert len({tuple(chain) for chain in chains}) > 1
+    assert chains == [plain_chain(model, latents, torch.tensor(first)) for first in range(30)]
 
 
 def test_shortlist_of_one_is_the_base_argmax() -> None:
     model = tiny_model()
-    latents = torch.randn(4, model.base.d_model, generator=torch.Generator().manual_seed(0))
+    latents = torch.randn(1, 4, model.base.d_model, generator=torch.Generator().manual_seed(0))
+    first = torch.tensor([3])
     expected = model.base.unembed(latents).argmax(-1)
-    assert torch.equal(draft(model, latents, torch.tensor(3), shortlist=1), expected)
-    assert torch.equal(draft(model, latents, torch.tensor(3), use_sampler=False), expected)
-    assert not torch.equal(draft(model, latents, torch.tensor(3)), expected)
+    assert torch.equal(draft(model, latents, first, shortlist=1), expected)
+    assert torch.equal(draft(model, latents, first, use_sampler=False), expected)
+    assert not torch.equal(draft(model, latents, first), expected)
 
 
 def test_shortlist_never_changes_the_output() -> None:

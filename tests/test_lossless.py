@@ -74,7 +74,7 @@ def test_spoiled_verification_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> 
 
     model = tiny_model()
     prompt = random_prompt(7)
-    monkeypatch.setattr(loop, "accepted_drafts", lambda drafts, choices: torch.tensor(len(drafts)))
+    monkeypatch.setattr(loop, "accepted_drafts", lambda drafts, choices: torch.full((1,), drafts.shape[1]))
     out = model.generate(input_ids=prompt, max_new_tokens=40, strategy="quadratic")
     assert out.token_ids != reference(model.base.lm, prompt, 40)
 

@@ -20,8 +20,8 @@ def run(model: MTPModel, prompt: Tensor, ids: Tensor, layout: Layout) -> Tensor:
     cache = StaticCache(len(model.base.blocks), 64)
     with torch.no_grad():
         model.prefill(prompt, cache)
-        cache.keep(prompt.shape[1])
-        return model.step(ids, layout, cache, cache.length)[0]
+        cache.keep([prompt.shape[1]])
+        return model.step(ids, [layout], cache, cache.lengths)[0]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -94,7 +94,7 @@ def test_fresh_adapter_leaves_masks_at_the_base() -> None:
 
 def test_masks_without_room_for_regular_tokens_are_refused() -> None:
     model = tiny_model()
-    with pytest.raises(ForetellError, match="was given 2"):
+    with pytest.raises(ForetellError, match="do not fit"):
         run(model, random_prompt(4), random_prompt(2), plain(3))
 
 
@@ -104,11 +104,11 @@ def test_cache_keeps_accepted_rows_and_grows() -> None:
     cache = StaticCache(3, capacity=4)  # too small: must grow without losing what is kept
     with torch.no_grad():
         model.prefill(prompt, cache)
-        cache.keep(10)
-        model.step(ids[:, :3], quadratic(2, 4), cache, cache.length)
-        cache.keep(2)  # x and one draft
-        got = model.base.unembed(model.step(ids[:, 2:4], quadratic(1, 4), cache, cache.length))[0, :2]
+        cache.keep([10])
+        model.step(ids[:, :3], [quadratic(2, 4)], cache, cache.lengths)
+        cache.keep([2])  # x and one draft
+        got = model.base.unembed(model.step(ids[:, 2:4], [quadratic(1, 4)], cache, cache.lengths))[0, :2]
         both = torch.cat([prompt, ids[:, :4]], dim=1)
         expected = model.base.lm(both, attention_mask=torch.ones_like(both)).logits[0, -2:]
-    assert cache.length == 12
+    assert cache.lengths == [12]
     torch.testing.assert_close(got, expected, atol=5e-5, rtol=1e-4)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -74,56 +74,69 @@ class MTPModel(nn.Module):
         """k: masks per block that the adapter was trained with."""
         return self.config.masks
 
-    def step_embeddings(self, ids: Tensor, layout: Layout) -> Tensor:
-        """ids (B, R) int64 -> (B, Q, E): regular tokens, then the mask vector of every mask row."""
-        regular = self.base.embed(ids)
-        if not layout.masks:
-            return regular
-        rows = self.mask_vectors[_mask_numbers(layout, self.base.device)].to(regular.dtype)
-        return torch.cat([regular, rows.expand(ids.shape[0], -1, -1)], dim=1)
+    def step(self, ids: Tensor, layouts: Sequence[Layout], cache: Cache, lengths: Sequence[int]) -> Tensor:
+        """One forward: ids (B, R) int64 with a layout and a number of cached tokens per sequence -> z (B, Q, D).
 
-    def step(self, ids: Tensor, layout: Layout, cache: Cache, cached: int) -> Tensor:
-        """One forward of a layout after `cached` tokens: ids (B, R) -> z (B, Q, D).
-
-        The cache then holds Q more rows per sequence; the caller keeps the accepted ones.
+        All layouts have the same R and M. The cache then holds Q more rows per sequence, behind the first `lengths[b]`;
+        the caller keeps the accepted ones.
+        Raises ForetellError if ids and layouts do not fit each other.
         """
-        if ids.shape[1] != layout.regular:
-            raise ForetellError(f"a layout of {layout.regular} regular tokens was given {ids.shape[1]}")
-        positions = (_position_offsets(layout, self.base.device) + cached).expand(ids.shape[0], -1)
-        mask = self.step_mask(layout, cached, ids.shape[0])
-        with self.adapter.open(layout.regular, layout.width) if layout.masks else nullcontext():
-            return self.base.latents(self.step_embeddings(ids, layout), positions, mask, cache)
-
-    def step_mask(self, layout: Layout, cached: int, batch: int) -> AttentionMask:
-        """The additive mask (B, 1, Q, cached + Q) of a step, per layer type where the base wants it."""
-        device, dtype = self.base.device, self.base.dtype
-        if not is_windowed(self.base.text_config):
-            mask = nn.functional.pad(_additive_visible(layout, device, dtype), (cached, 0)).expand(batch, 1, -1, -1)
-            types = getattr(self.base.text_config, "layer_types", None)
-            return mask if types is None else dict.fromkeys(types, mask)
-        new = _position_offsets(layout, device) + cached
-        keys = torch.cat([torch.arange(cached, device=device), new])
-        visible = nn.functional.pad(layout.visible.to(device), (cached, 0), value=True)
-        return attention_mask(
-            visible.expand(batch, -1, -1), new.expand(batch, -1), keys.expand(batch, -1), self.base.text_config, dtype
-        )
+        shapes = {(layout.regular, layout.masks) for layout in layouts}
+        if shapes != {(ids.shape[1], layouts[0].masks)} or len(layouts) != ids.shape[0]:
+            raise ForetellError(f"ids of shape {tuple(ids.shape)} do not fit layouts of (R, M) {sorted(shapes)}")
+        embeddings = self.base.embed(ids)
+        if layouts[0].masks:
+            numbers = [on_device(layout, self.base.device).mask_numbers for layout in layouts]
+            masks = torch.stack([self.mask_vectors[number] for number in numbers])
+            embeddings = torch.cat([embeddings, masks.to(embeddings.dtype)], dim=1)
+        positions, mask = step_attention(layouts, lengths, self.base)
+        with self.adapter.open(layouts[0].regular, layouts[0].width):
+            return self.base.latents(embeddings, positions, mask, cache)
 
     def prefill(self, ids: Tensor, cache: Cache) -> Tensor:
         """Plain causal forward of a prompt (B, n) into the cache, gate closed -> z (B, n, D)."""
         return self.base.latents(self.base.embed(ids), cache=cache)
 
 
-# A layout's tensors on a device: a handful of layouts recur at every step, so they are copied and converted once.
-@lru_cache(maxsize=512)
-def _mask_numbers(layout: Layout, device: torch.device) -> Tensor:
-    return layout.mask_numbers.to(device)
+class LayoutOnDevice(NamedTuple):
+    """A layout's tensors where the base is; a handful of layouts recur at every step."""
+
+    mask_numbers: Tensor  # (M,) int64
+    position_offsets: Tensor  # (Q,) int64
+    visible: Tensor  # (Q, Q) bool
 
 
-@lru_cache(maxsize=512)
-def _position_offsets(layout: Layout, device: torch.device) -> Tensor:
-    return layout.position_offsets.to(device)
+@lru_cache(maxsize=1024)
+def on_device(layout: Layout, device: torch.device) -> LayoutOnDevice:
+    return LayoutOnDevice(layout.mask_numbers.to(device), layout.position_offsets.to(device), layout.visible.to(device))
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=1024)
 def _additive_visible(layout: Layout, device: torch.device, dtype: torch.dtype) -> Tensor:
     return additive(layout.visible, dtype).to(device)
+
+
+def step_attention(layouts: Sequence[Layout], lengths: Sequence[int], base: Base) -> tuple[Tensor, AttentionMask]:
+    """Position ids (B, Q) and additive masks (B, 1, Q, longest + Q) of a step over a ragged cache.
+
+    Row b's new columns lie behind its own `lengths[b]` kept ones; what lies beyond them belongs to no one.
+    """
+    device, dtype, longest = base.device, base.dtype, max(lengths)
+    if min(lengths) == longest and len(set(layouts)) == 1 and not is_windowed(base.text_config):
+        positions = (on_device(layouts[0], device).position_offsets + longest).expand(len(layouts), -1)
+        mask = nn.functional.pad(_additive_visible(layouts[0], device, dtype), (longest, 0))
+        mask = mask.expand(len(layouts), 1, -1, -1)
+        types = getattr(base.text_config, "layer_types", None)
+        return positions, mask if types is None else dict.fromkeys(types, mask)
+    width = layouts[0].width
+    cached = torch.tensor(lengths, device=device)[:, None]
+    positions = torch.stack([on_device(layout, device).position_offsets for layout in layouts]) + cached
+    if base.max_positions is not None:  # filler rows near the end may point past a table of learned positions
+        positions = positions.clamp(max=base.max_positions - 1)
+    columns = torch.arange(longest + width, device=device) - cached  # (B, S): below 0 kept, 0..Q-1 new, above no one's
+    new = columns.clamp(0, width - 1)
+    visible = torch.stack([on_device(layout, device).visible for layout in layouts])
+    visible = visible.gather(2, new[:, None].expand(-1, width, -1)) & (columns < width)[:, None]
+    visible |= (columns < 0)[:, None]
+    keys = torch.where(columns < 0, columns + cached, positions.gather(1, new))
+    return positions, attention_mask(visible, positions, keys, base.text_config, dtype)

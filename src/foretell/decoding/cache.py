@@ -1,11 +1,12 @@
-"""A static key/value cache: allocated once, never moved.
+"""A ragged static key/value cache: allocated once, one length per row, never moved.
 
-A step writes its Q rows after the `length` tokens that are kept. Regular rows come first, so accepting a drafts is
+A step writes its Q rows after the tokens that each sequence keeps. Regular rows come first, so accepting a drafts is
 `length += a + 1`: the rejected and the mask rows behind it are overwritten by the next step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,10 +20,10 @@ class StaticLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, lengths: list[int], capacity: int) -> None:
         super().__init__()
+        self.lengths = lengths  # the cache's own list: one count per sequence, the same for every layer
         self.capacity = capacity
-        self.length = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         # Zeros, not empty(): NaN in unwritten columns would leak through masked attention as 0 * NaN.
@@ -33,47 +34,66 @@ class StaticLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Writes (B, H, Q, D_head) behind the kept tokens; returns views of all (B, H, length + Q, D_head)."""
+        """Writes (B, H, Q, D_head) behind the kept tokens of each row; returns views (B, H, longest + Q, D_head)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        end = self.length + key_states.shape[2]
+        batch, rows = key_states.shape[0], key_states.shape[2]
+        end = self.get_seq_length() + rows
         if end > self.keys.shape[2]:
             self._grow(end)
-        self.keys[:, :, self.length : end] = key_states
-        self.values[:, :, self.length : end] = value_states
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        if min(self.lengths) == max(self.lengths):
+            self.keys[:batch, :, end - rows : end] = key_states
+            self.values[:batch, :, end - rows : end] = value_states
+        else:
+            row = torch.arange(batch, device=key_states.device)[:, None]
+            column = torch.tensor(self.lengths, device=row.device)[:, None] + torch.arange(rows, device=row.device)
+            self.keys[row, :, column] = key_states.transpose(1, 2)
+            self.values[row, :, column] = value_states.transpose(1, 2)
+        return self.keys[:batch, :, :end], self.values[:batch, :, :end]
 
     def _grow(self, needed: int) -> None:
         """Doubles, for callers that could not foresee the length."""
-        self.capacity = max(needed, 2 * self.keys.shape[2])
+        kept, self.capacity = self.keys.shape[2], max(needed, 2 * self.keys.shape[2])
         for name in ("keys", "values"):
             old = getattr(self, name)
             new = torch.zeros((*old.shape[:2], self.capacity, old.shape[3]), dtype=old.dtype, device=old.device)
-            new[:, :, : self.length] = old[:, :, : self.length]
+            new[:, :, :kept] = old
             setattr(self, name, new)
 
+    def move(self, source: int, target: int) -> None:
+        """Copies the kept tokens of row `source` over row `target`."""
+        length = self.lengths[source]
+        for states in (self.keys, self.values):
+            if states is not None:
+                states[target, :, :length] = states[source, :, :length]
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
+        return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
-        return self.length
+        return max(self.lengths)
 
     def get_max_length(self) -> int:
         return -1
 
 
 class StaticCache(Cache):
-    """One StaticLayer per block of the base; `keep(n)` makes the next n written rows part of the past."""
+    """One StaticLayer per block of the base, and `lengths`: tokens kept of each sequence."""
 
-    def __init__(self, layers: int, capacity: int) -> None:
-        super().__init__(layers=[StaticLayer(capacity) for _ in range(layers)])
+    def __init__(self, layers: int, capacity: int, batch: int = 1) -> None:
+        self.lengths = [0] * batch
+        super().__init__(layers=[StaticLayer(self.lengths, capacity) for _ in range(layers)])
 
-    @property
-    def length(self) -> int:
-        """Tokens kept."""
-        return self.layers[0].length
+    def keep(self, rows: Sequence[int]) -> None:
+        """Accepts the first `rows[b]` rows of the last step of sequence b."""
+        for sequence, count in enumerate(rows):
+            self.lengths[sequence] += count
 
-    def keep(self, rows: int) -> None:
-        """Accepts the first `rows` rows of the last step."""
-        for layer in self.layers:
-            layer.length += rows
+    def leave(self, sequence: int) -> None:
+        """Takes a finished sequence out; the last one moves into its place, the only copy of a past there ever is."""
+        last = len(self.lengths) - 1
+        if sequence != last:
+            for layer in self.layers:
+                layer.move(last, sequence)
+            self.lengths[sequence] = self.lengths[last]
+        self.lengths.pop()

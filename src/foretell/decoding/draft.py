@@ -10,7 +10,7 @@ from foretell.model import MTPModel
 
 
 def draft(model: MTPModel, latents: Tensor, first: Tensor, use_sampler: bool = True, shortlist: int = 0) -> Tensor:
-    """latents (K, D) of one block and the token before it, first () int64 -> drafts (K,) int64, all on the device.
+    """latents (B, K, D) of a block each and the token before it, first (B,) int64 -> drafts (B, K) int64.
 
     With the sampler each draft is conditioned on the one before; the chain starts from the base's own token. Without
     it every draft is the base's argmax at its mask.
@@ -27,17 +27,20 @@ def draft(model: MTPModel, latents: Tensor, first: Tensor, use_sampler: bool = T
     halves = F.linear(latents, of_latent, sampler.first.bias)
     short = min(shortlist, model.base.vocab_size) if isinstance(model.base.head, torch.nn.Linear) else 0
     if short:
-        candidates = model.base.unembed(latents).topk(short, sorted=False).indices  # (K, m)
-        rows = model.base.head.weight[candidates]  # (K, m, D)
+        candidates = model.base.unembed(latents).topk(short, sorted=False).indices  # (B, K, m)
+        rows = model.base.head.weight[candidates]  # (B, K, m, D)
         bias = None if model.base.head.bias is None else model.base.head.bias[candidates]
     drafts = []
     token = first
-    for mask, (half, latent) in enumerate(zip(halves, latents, strict=True)):
-        sampled = sampler.finish(half + F.linear(model.base.embed(token), of_token), latent)
+    for mask in range(latents.shape[1]):
+        hidden = halves[:, mask] + F.linear(model.base.embed(token), of_token)
+        sampled = sampler.finish(hidden, latents[:, mask])  # (B, D)
         if short:
-            scores = rows[mask] @ sampled if bias is None else torch.addmv(bias[mask], rows[mask], sampled)
-            token = candidates[mask, scores.argmax()]
+            scores = (rows[:, mask] @ sampled[:, :, None])[..., 0] + (
+                bias if isinstance(bias, float) else bias[:, mask]
+            )
+            token = candidates[:, mask].gather(1, scores.argmax(-1, keepdim=True))[:, 0]
         else:
             token = model.base.unembed(sampled).argmax(-1)
         drafts.append(token)
-    return torch.stack(drafts)
+    return torch.stack(drafts, dim=1)

@@ -103,11 +103,28 @@ class MTPForCausalLM(MTPModel):
         Raises ForetellError for bad settings and for a prompt that does not fit the base's context.
         """
         ids = self.encode(prompt, input_ids, chat)
-        config = self.decode_config(settings)
+        return self._generate([ids], self.decode_config(settings))[0]
+
+    def generate_batch(
+        self, prompts: Sequence[str | Sequence[int]], *, chat: bool = False, **settings: Any
+    ) -> list[Generation]:
+        """Several prompts side by side, texts or token ids of any lengths, each as `generate` would continue it alone.
+
+        Every sequence accepts its own number of drafts and leaves when it ends. `seconds` of each is the whole batch's.
+        """
+        if not prompts:
+            raise ForetellError("the batch is empty; give at least one prompt")
+        ids = [self.encode(p, chat=chat) if isinstance(p, str) else self.encode(None, p) for p in prompts]
+        return self._generate(ids, self.decode_config(settings))
+
+    def _generate(self, ids: Sequence[Tensor], config: DecodeConfig) -> list[Generation]:
+        done: list[list[Step]] = [[] for _ in ids]
         start = time.perf_counter()
-        done = list(self._steps(ids, config))
+        for steps in self._steps(ids, config):
+            for step in steps:
+                done[step.sequence].append(step)
         seconds = time.perf_counter() - start
-        return self.account(done, ids.shape[1], seconds, config)
+        return [self.account(own, i.shape[1], seconds, config) for own, i in zip(done, ids, strict=True)]
 
     def steps(
         self,
@@ -119,18 +136,19 @@ class MTPForCausalLM(MTPModel):
     ) -> Iterator[Step]:
         """As `generate`, but yields every step as it is done: its tokens and their origin (base or draft)."""
         # Checked here, not at the first next(): a bad prompt should raise where it was given.
-        return self._steps(self.encode(prompt, input_ids, chat), self.decode_config(settings))
+        batch = self._steps([self.encode(prompt, input_ids, chat)], self.decode_config(settings))
+        return (step for (step,) in batch)
 
-    def _steps(self, ids: Tensor, config: DecodeConfig) -> Iterator[Step]:
-        limit = self.base.max_positions
-        if limit is not None and ids.shape[1] + config.max_new_tokens > limit:
+    def _steps(self, ids: Sequence[Tensor], config: DecodeConfig) -> Iterator[list[Step]]:
+        limit, longest = self.base.max_positions, max(sequence.shape[1] for sequence in ids)
+        if limit is not None and longest + config.max_new_tokens > limit:
             raise ForetellError(
-                f"the prompt is too long: {ids.shape[1]} tokens and {config.max_new_tokens} new ones exceed the base's "
+                f"the prompt is too long: {longest} tokens and {config.max_new_tokens} new ones exceed the base's "
                 f"context of {limit}; shorten the prompt or lower max_new_tokens"
             )
         return loop.steps(
             self,
-            ids,
+            [sequence[0] for sequence in ids],
             max_new_tokens=config.max_new_tokens,
             strategy=config.strategy,
             masks=config.masks,

@@ -1,8 +1,8 @@
-"""The step generator: one forward, one verification, one set of new drafts, until the text ends."""
+"""The step generator: one forward, one verification, one set of new drafts, until every text has ended."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +10,12 @@ from torch import Tensor
 
 from foretell.decoding.cache import StaticCache
 from foretell.decoding.draft import draft
-from foretell.decoding.strategies import next_layout
+from foretell.decoding.strategies import aligned, next_layout
 from foretell.decoding.verify import accepted_drafts
 from foretell.layout import Layout
 from foretell.model import MTPModel
+
+NO_DRAFT = -1
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Step:
     tokens: list[int]
     accepted: int
     layout: Layout
+    sequence: int = 0  # which prompt of a batch
 
     @property
     def origins(self) -> list[str]:
@@ -30,10 +33,19 @@ class Step:
         return ["draft"] * self.accepted + ["base"] * (len(self.tokens) - self.accepted)
 
 
+@dataclass
+class Running:
+    """One prompt on its way: its place in the caller's list, tokens it may still get, and drafts at hand."""
+
+    sequence: int
+    remaining: int
+    drafts: int = 0
+
+
 @torch.inference_mode()
 def steps(
     model: MTPModel,
-    input_ids: Tensor,
+    prompts: Sequence[Tensor],
     *,
     max_new_tokens: int,
     strategy: str = "quadratic",
@@ -41,37 +53,90 @@ def steps(
     use_sampler: bool = True,
     shortlist: int = 0,
     stop_ids: Collection[int] = (),
-) -> Iterator[Step]:
-    """Greedy decoding of one prompt, input_ids (1, n) int64, step by step; nothing past a stop id is yielded.
+) -> Iterator[list[Step]]:
+    """Greedy decoding of prompts (n_b,) int64, side by side; each item holds one `Step` per unfinished sequence.
 
-    The prompt but its last token is prefilled; from then on each step carries one decided token x, the drafts to
-    verify and masks. The output is the base's own greedy continuation whatever the drafts are.
+    A prompt's last token is not prefilled: it is the first decided token x, and from then on each step carries x, the
+    drafts to verify and masks. A sequence accepts its own number of drafts and leaves when it ends; nothing past a stop
+    id is yielded. The output is the base's own greedy continuation, whatever the drafts are.
     """
     masks = masks or model.max_masks
-    n = input_ids.shape[1]
-    total = n + max_new_tokens
-    cache = StaticCache(len(model.base.blocks), capacity=total + (masks + 1) ** 2)
-    if n > 1:
-        model.prefill(input_ids[:, :-1], cache)
-        cache.keep(n - 1)
-    x = input_ids[0, -1:]
-    drafts = x[:0]
-    remaining = max_new_tokens
-    while remaining:
-        layout = next_layout(strategy, len(drafts), masks, remaining)
-        drafts = drafts[: layout.regular - 1]
-        latents = model.step(torch.cat([x, drafts])[None], layout, cache, cache.length)[0]
-        choices = model.base.unembed(latents[: layout.regular]).argmax(-1)
-        # The step's one synchronisation with the device: the accepted count and the base's choices together.
-        count, *chosen = torch.cat([accepted_drafts(drafts, choices)[None], choices]).tolist()
-        tokens = chosen[: count + 1]
-        cache.keep(count + 1)
-        remaining -= len(tokens)
-        for index, token in enumerate(tokens):
-            if token in stop_ids:
-                tokens, remaining = tokens[: index + 1], 0
-                break
-        x = choices[count : count + 1]
-        rows = layout.block_rows(count) if remaining else None
-        drafts = x[:0] if rows is None else draft(model, latents[rows], x[0], use_sampler, shortlist)
-        yield Step(tokens, min(count, len(tokens)), layout)
+    capacity = max(len(prompt) for prompt in prompts) + max_new_tokens + (masks + 1) ** 2
+    cache = StaticCache(len(model.base.blocks), capacity, len(prompts))
+    prefill(model, prompts, cache)
+    running = [Running(sequence, max_new_tokens) for sequence in range(len(prompts))]
+    x = torch.stack([prompt[-1] for prompt in prompts])  # (B,)
+    drafts = x.new_empty((len(prompts), 0))  # (B, most drafts), NO_DRAFT where a sequence has fewer
+    while running:
+        layouts = aligned([next_layout(strategy, row.drafts, masks, row.remaining) for row in running], masks)
+        regular = layouts[0].regular
+        drafts = drafts[:, : regular - 1]
+        latents = model.step(torch.cat([x[:, None], drafts.clamp(min=0)], dim=1), layouts, cache, cache.lengths)
+        choices = model.base.unembed(latents[:, :regular]).argmax(-1)
+        # The step's one synchronisation with the device: accepted counts and the base's choices together.
+        decided = torch.cat([accepted_drafts(drafts, choices)[:, None], choices], dim=1).tolist()
+        done = []
+        for row, layout, (accepted, *chosen) in zip(running, layouts, decided, strict=True):
+            tokens = until_stop(chosen[: min(accepted + 1, row.remaining)], stop_ids)
+            ended = tokens[-1] in stop_ids or len(tokens) == row.remaining
+            row.remaining = 0 if ended else row.remaining - len(tokens)
+            done.append(Step(tokens, min(accepted, len(tokens)), layout, row.sequence))
+        yield done
+        accepted = [count for count, *_ in decided]
+        cache.keep([count + 1 for count in accepted])
+        order = leave_finished(running, cache)
+        if order:
+            running = [running[row] for row in order]
+            x = choices[order, [accepted[row] for row in order]]
+            blocks = [layouts[row].block_rows(accepted[row]) for row in order]
+            for row, block in zip(running, blocks, strict=True):
+                row.drafts = 0 if block is None else min(block.stop - block.start, row.remaining - 1)
+            drafts = draft_blocks(model, latents[order], blocks, x, use_sampler, shortlist)
+        else:
+            running = []
+
+
+def until_stop(tokens: list[int], stop_ids: Collection[int]) -> list[int]:
+    """The tokens up to the first stop id, which is the last one given."""
+    for index, token in enumerate(tokens):
+        if token in stop_ids:
+            return tokens[: index + 1]
+    return tokens
+
+
+def leave_finished(running: list[Running], cache: StaticCache) -> list[int]:
+    """Takes finished sequences out of the cache; returns which former row stands in each of the remaining ones."""
+    order = list(range(len(running)))
+    for row in reversed(range(len(running))):
+        if not running[row].remaining:
+            cache.leave(row)
+            order[row] = order[-1]
+            order.pop()
+    return order
+
+
+def draft_blocks(
+    model: MTPModel, latents: Tensor, blocks: Sequence[slice | None], first: Tensor, use_sampler: bool, shortlist: int
+) -> Tensor:
+    """latents (B, Q, D), rows of each sequence's surviving block -> drafts (B, K), NO_DRAFT where there is none."""
+    sizes = [0 if block is None else block.stop - block.start for block in blocks]
+    most = max(sizes)
+    if not most:
+        return first.new_empty((len(blocks), 0))
+    if min(sizes) == most and len(set(sizes)) == 1 and len({block.start for block in blocks if block}) == 1:
+        return draft(model, latents[:, blocks[0]], first, use_sampler, shortlist)
+    starts = torch.tensor([0 if block is None else block.start for block in blocks], device=first.device)
+    held = torch.tensor(sizes, device=first.device)[:, None]
+    offsets = torch.arange(most, device=first.device)
+    rows = starts[:, None] + torch.minimum(offsets, (held - 1).clamp(min=0))
+    chosen = latents.gather(1, rows[:, :, None].expand(-1, -1, latents.shape[-1]))
+    return draft(model, chosen, first, use_sampler, shortlist).masked_fill(offsets >= held, NO_DRAFT)
+
+
+def prefill(model: MTPModel, prompts: Sequence[Tensor], cache: StaticCache) -> None:
+    """Every prompt but its last token into the cache: padded on the right, where a causal forward never looks."""
+    lengths = [len(prompt) - 1 for prompt in prompts]
+    if max(lengths):
+        padded = torch.nn.utils.rnn.pad_sequence([prompt[:-1] for prompt in prompts], batch_first=True)
+        model.prefill(padded, cache)
+        cache.keep(lengths)
