@@ -36,9 +36,9 @@ def draft(model: MTPModel, latents: Tensor, first: Tensor, use_sampler: bool = T
         hidden = halves[:, mask] + F.linear(model.base.embed(token), of_token)
         sampled = sampler.finish(hidden, latents[:, mask])  # (B, D)
         if short:
-            scores = (rows[:, mask] @ sampled[:, :, None])[..., 0] + (
-                bias if isinstance(bias, float) else bias[:, mask]
-            )
+            scores = (rows[:, mask] @ sampled[:, :, None])[..., 0]
+            if bias is not None:
+                scores = scores + bias[:, mask]
             token = candidates[:, mask].gather(1, scores.argmax(-1, keepdim=True))[:, 0]
         else:
             token = model.base.unembed(sampled).argmax(-1)
