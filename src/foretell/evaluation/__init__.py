@@ -1,1 +1,1 @@
-"""Measuring: prompt sets, acceptance, wall-clock against plain decoding and Hugging Face `generate()`, exact answers."""
+"""Measuring: prompt sets, acceptance, seconds beside plain decoding and Hugging Face `generate()`, exact answers."""

@@ -1,0 +1,70 @@
+"""What the commands share: the options that name a model, lists on the command line, JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from foretell.config import DTYPES
+from foretell.errors import ForetellError
+
+if TYPE_CHECKING:
+    from foretell.decoding.generate import MTPForCausalLM
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model", help="directory or Hub name of a trained model; without it the small one that ships with foretell"
+    ),
+]
+BaseOption = Annotated[
+    str | None, typer.Option("--base", help="where the base lies, if not where the model says: directory or Hub name")
+]
+DtypeOption = Annotated[Literal[DTYPES], typer.Option("--dtype", help="precision")]  # type: ignore[valid-type]
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ... [a GPU if there is one]".replace("[", r"\["))
+]
+TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the base")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
+
+
+def load_model(
+    model: str | None, base: str | None, dtype: str, device: str | None, trust_remote_code: bool = False
+) -> MTPForCausalLM:
+    """`foretell.load`, with a sign of life on a terminal's stderr and without transformers' progress bars."""
+    from rich.console import Console
+    from transformers.utils import logging
+
+    import foretell
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    with Console(stderr=True).status(f"loading {model or 'the embedded model'}"):
+        return foretell.load(model, base=base, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+
+
+def words(text: str) -> list[str]:
+    """ "linear, quadratic" -> ["linear", "quadratic"]."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def numbers(text: str, option: str) -> list[int]:
+    """ "1,2,4" -> [1, 2, 4]. Raises ForetellError naming the option."""
+    try:
+        return [int(word) for word in words(text)]
+    except ValueError:
+        raise ForetellError(f"{option} takes whole numbers separated by commas, like 1,2,4, not {text!r}") from None
+
+
+def check_writable(path: Path | None) -> None:
+    """Raises ForetellError at once, not after minutes of work, if a file can't be written there."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        reason = "it is a directory" if path.is_dir() else f"there is no directory {path.parent}"
+        raise ForetellError(f"{path} can't be written: {reason}")
+
+
+def to_json(values: dict[str, Any], indent: int | None = None) -> str:
+    return json.dumps(values, ensure_ascii=False, indent=indent)

@@ -1,0 +1,183 @@
+"""How steps and reports look on a terminal, in a file and in a picture."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from foretell.decoding.generate import Generation, MTPForCausalLM
+    from foretell.decoding.loop import Step
+    from foretell.evaluation.report import Report, Row, Spread
+
+HUES = ("dark_cyan", "dark_orange3")  # readable on dark and on light backgrounds
+PLAIN_WIDTH = 110  # columns where no terminal says
+
+
+def stdout_console() -> Console:
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
+
+
+def origin_style(number: int, origin: str) -> str:
+    """Step `number` gives the hue; drafts are underlined, the base's own token is bold."""
+    hue = HUES[number % len(HUES)]
+    return f"underline {hue}" if origin == "draft" else f"bold {hue}"
+
+
+def styled_runs(piece: str, style: str) -> Iterator[tuple[str, str]]:
+    """Words in the style, white space in none: underlined indentation would look like a form to fill in."""
+    for part in re.findall(r"\s+|\S+", piece):
+        yield part, "" if part.isspace() else style
+
+
+def bar_of(console: Console) -> str:
+    """What ends a step where there are no colours to tell steps apart; "" where there are."""
+    if console.color_system is not None:
+        return ""
+    return "│" if console.encoding.startswith("utf") else "|"
+
+
+class LiveText:
+    """Prints a prompt and its steps token by token, and keeps all of it as one `Text` for a picture.
+
+    Without colours a bar ends every step if `bars`.
+    """
+
+    def __init__(self, console: Console, model: MTPForCausalLM, ids: Tensor, *, bars: bool = False) -> None:
+        from foretell.decoding.text import TextStream
+
+        self.console = console
+        self.text = Text()
+        self._stream = TextStream(model.tokenizer, ids[0].tolist())
+        self._steps = 0
+        self._bar = bar_of(console) if bars else ""
+
+    def add(self, piece: str, style: str = "") -> None:
+        for part, own in styled_runs(piece, style):
+            self.text.append(part, own)
+            # out(), not print(): pieces must not be wrapped, trimmed or read as markup one by one.
+            self.console.out(part, style=own or None, end="", highlight=False)
+        self.console.file.flush()
+
+    def prompt(self, text: str) -> None:
+        self.add(text, "dim")
+
+    def step(self, step: Step) -> None:
+        for token, origin in zip(step.tokens, step.origins, strict=True):
+            self.add(self._stream.push(token), origin_style(self._steps, origin))
+        self.console.out(self._bar, end="", highlight=False)
+        self._steps += 1
+
+    def end(self) -> None:
+        self.add(self._stream.flush())
+        self.console.out("", highlight=False)
+
+
+def generate_live(
+    console: Console, model: MTPForCausalLM, ids: Tensor, live: LiveText, settings: dict[str, Any]
+) -> Generation:
+    """`model.generate` that shows every step; its seconds leave out the printing."""
+    steps, done, seconds = model.steps(input_ids=ids, **settings), [], 0.0
+    while True:
+        start = time.perf_counter()
+        step = next(steps, None)
+        seconds += time.perf_counter() - start
+        if step is None:
+            break
+        live.step(step)
+        done.append(step)
+    live.end()
+    return model.account(done, ids.shape[1], seconds, model.decode_config(settings))
+
+
+def summary(generation: Generation) -> str:
+    """One line: tokens, steps, acceptance, seconds."""
+    how = generation.strategy
+    if generation.masks:
+        how += f" with {generation.masks} mask{'s' if generation.masks > 1 else ''}"
+    g = generation
+    return (
+        f"{g.new_tokens} tokens in {g.steps} steps, {g.acceptance_rate:.2f} tokens per step; "
+        f"{g.seconds:.2f} s, {g.tokens_per_second:.0f} tokens per second; {how}"
+    )
+
+
+def report_renderables(report: Report, width: int) -> Iterator[RenderableType]:
+    """Per prompt set a table and a sentence."""
+    for name in report.sets:
+        yield report_table(report, name, width)
+        yield Text.assemble((f"{name}: ", "bold"), report.sentence(name))
+        yield ""
+
+
+def report_table(report: Report, name: str, width: int) -> Table:
+    """The rows of a set, best one highlighted; narrow terminals get fewer columns."""
+    count, best, wide = report.settings["prompts"][name], report.best(name), width >= 100
+    title = (
+        f"{name}: {count} prompt{'s' if count > 1 else ''}, up to {report.settings['max_new_tokens']} new tokens each"
+    )
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+    table.add_column("method")
+    columns = ["tokens/step", "tokens/s", *(["ms/step"] if wide else []), "vs plain", "vs HF", "output"]
+    for column in columns:
+        table.add_column(column, justify="left" if column == "output" else "right", no_wrap=True)
+    for row in report.sets[name]:
+        table.add_row(*_cells(row, wide), style="bold green" if row is best else "")
+    return table
+
+
+def _cells(row: Row, wide: bool) -> list[str]:
+    cells = [str(row.method), f"{row.counts.acceptance_rate:.2f}", f"{row.tokens_per_second:.0f}"]
+    if wide:
+        cells.append(f"{row.ms_per_step:.2f}")
+    cells += [_ratio(row.speedup, wide), _ratio(row.speedup_over_huggingface, False)]
+    return [*cells, "identical" if row.identical else "differs"]
+
+
+def _ratio(spread: Spread | None, with_range: bool) -> str:
+    if spread is None:
+        return "-"
+    text = f"{spread.median:.2f}x"
+    return (
+        f"{text} ({spread.minimum:.2f}-{spread.maximum:.2f})"
+        if with_range and spread.minimum != spread.maximum
+        else text
+    )
+
+
+def machine(report: Report) -> str:
+    """What the seconds hold for."""
+    e = report.environment
+    threads = f", {e['threads']} thread{'s' if e['threads'] > 1 else ''}" if e["device"] == "cpu" else ""
+    rounds = report.settings["rounds"]
+    return (
+        f"{e['device']} ({e['device_name']}{threads}), {e['dtype']}, torch {e['torch']}; "
+        f"median of {rounds} round{'s' if rounds > 1 else ''} in alternation; "
+        "vs plain, vs HF: how many times faster than plain decoding and than Hugging Face generate()"
+    )
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[int, int, str], None]]:
+    """A bar on a terminal's stderr, gone when done; nothing elsewhere."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("measuring", total=None)
+
+        def on_progress(done: int, total: int, label: str) -> None:
+            progress.update(task, completed=done, total=total, description=f"measuring {label}")
+
+        yield on_progress
