@@ -39,7 +39,7 @@ def test_rows_accept_their_own_number_and_leave_when_they_end(name: str, monkeyp
     monkeypatch.setattr(loop, "draft", spoiled)
     prompts = [known[:, start : start + 12] for start in (0, 3, 9, 5)]
     free = model.generate_batch([prompt[0].tolist() for prompt in prompts], max_new_tokens=50)
-    assert free[1].acceptance_rate == 1 and free[0].acceptance_rate > 2
+    assert free[0].acceptance_rate > 2 > free[1].acceptance_rate
     model.base.lm.generation_config.eos_token_id = reference(model.base.lm, known, 30)[20]
     expected = [reference(model.base.lm, prompt, 50) for prompt in prompts]
     assert len({len(row) for row in expected}) > 1  # they do not end together

@@ -31,7 +31,7 @@ class LowRank(nn.Module):
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(F.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype)) * self.scale
+        return F.linear(F.linear(x, self.a.to(x.dtype)) * self.scale, self.b.to(x.dtype))  # scaled where it is narrow
 
     def add_to(self, out: Tensor, x: Tensor) -> None:
         """out (n, d_out) += s·B·A·x (n, d_in), in place: half the kernel launches of `forward`, for inference."""

@@ -1,0 +1,1 @@
+"""Training: an adapter for a frozen base, from text or conversations (method.md sections 1 and 4)."""
