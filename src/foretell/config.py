@@ -140,6 +140,17 @@ class DecodeConfig(Config):
     strategy: str = option("quadratic", "which layout every step uses", choices=STRATEGIES)
     masks: int | None = option(None, "masks per block, 1 up to the k the adapter was trained with [that k]", minimum=1)
     use_sampler: bool = option(True, "draft with the sampler head; off: drafts are the base's argmax at each mask")
+    temperature: float = option(0.0, "0 is greedy; above, tokens are drawn from the base's distribution", minimum=0.0)
+    top_k: int = option(0, "draw among the k likeliest tokens; 0: all", minimum=0)
+    top_p: float = option(1.0, "draw among the likeliest tokens that together have this probability", minimum=0.0)
+    min_p: float = option(
+        0.0, "draw among tokens at least this likely, relative to the likeliest", minimum=0.0, maximum=1.0
+    )
+    repetition_penalty: float = option(1.0, "divides the scores of tokens that occurred before; 1: none", minimum=0.0)
+    seed: int = option(0, "seed of the draws: the same text for the same seed, whatever the strategy", minimum=0)
+    drafts: str = option(
+        "best", "when drawing: draft the likeliest token, or draw drafts too", choices=("best", "drawn")
+    )
     shortlist: int = option(
         0,
         "tokens per mask that the sampler head chooses among, those the base likes best; 0: the whole vocabulary",

@@ -11,12 +11,14 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessorList
 
 from foretell import checkpoint
 from foretell.base import Base
 from foretell.config import DTYPES, DecodeConfig
 from foretell.decoding import loop
 from foretell.decoding.loop import Step
+from foretell.decoding.pick import Picker
 from foretell.errors import ForetellError
 from foretell.model import MTPModel
 
@@ -94,19 +96,26 @@ class MTPForCausalLM(MTPModel):
         *,
         input_ids: Tensor | Sequence[int] | None = None,
         chat: bool = False,
+        logits_processor: LogitsProcessorList | None = None,
         **settings: Any,
     ) -> Generation:
-        """The base's greedy continuation of a prompt, several tokens per step.
+        """The base's continuation of a prompt, several tokens per step: greedy, or drawn when `temperature` is given.
 
         Give a text, or input_ids ((n,) or (1, n)). `chat` puts the text through the base's chat template. Settings are
-        the fields of `DecodeConfig`: max_new_tokens, strategy, masks, use_sampler.
+        the fields of `DecodeConfig`: max_new_tokens, strategy, masks, temperature, ... `logits_processor` are further
+        processors of transformers' kind, applied to the base's logits as its own `generate()` does.
         Raises ForetellError for bad settings and for a prompt that does not fit the base's context.
         """
         ids = self.encode(prompt, input_ids, chat)
-        return self._generate([ids], self.decode_config(settings))[0]
+        return self._generate([ids], self.decode_config(settings), logits_processor)[0]
 
     def generate_batch(
-        self, prompts: Sequence[str | Sequence[int]], *, chat: bool = False, **settings: Any
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        *,
+        chat: bool = False,
+        logits_processor: LogitsProcessorList | None = None,
+        **settings: Any,
     ) -> list[Generation]:
         """Several prompts side by side, texts or token ids of any lengths, each as `generate` would continue it alone.
 
@@ -115,12 +124,14 @@ class MTPForCausalLM(MTPModel):
         if not prompts:
             raise ForetellError("the batch is empty; give at least one prompt")
         ids = [self.encode(p, chat=chat) if isinstance(p, str) else self.encode(None, p) for p in prompts]
-        return self._generate(ids, self.decode_config(settings))
+        return self._generate(ids, self.decode_config(settings), logits_processor)
 
-    def _generate(self, ids: Sequence[Tensor], config: DecodeConfig) -> list[Generation]:
+    def _generate(
+        self, ids: Sequence[Tensor], config: DecodeConfig, processors: LogitsProcessorList | None
+    ) -> list[Generation]:
         done: list[list[Step]] = [[] for _ in ids]
         start = time.perf_counter()
-        for steps in self._steps(ids, config):
+        for steps in self._steps(ids, config, processors):
             for step in steps:
                 done[step.sequence].append(step)
         seconds = time.perf_counter() - start
@@ -132,30 +143,26 @@ class MTPForCausalLM(MTPModel):
         *,
         input_ids: Tensor | Sequence[int] | None = None,
         chat: bool = False,
+        logits_processor: LogitsProcessorList | None = None,
         **settings: Any,
     ) -> Iterator[Step]:
         """As `generate`, but yields every step as it is done: its tokens and their origin (base or draft)."""
         # Checked here, not at the first next(): a bad prompt should raise where it was given.
-        batch = self._steps([self.encode(prompt, input_ids, chat)], self.decode_config(settings))
+        ids = self.encode(prompt, input_ids, chat)
+        batch = self._steps([ids], self.decode_config(settings), logits_processor)
         return (step for (step,) in batch)
 
-    def _steps(self, ids: Sequence[Tensor], config: DecodeConfig) -> Iterator[list[Step]]:
+    def _steps(
+        self, ids: Sequence[Tensor], config: DecodeConfig, processors: LogitsProcessorList | None
+    ) -> Iterator[list[Step]]:
         limit, longest = self.base.max_positions, max(sequence.shape[1] for sequence in ids)
         if limit is not None and longest + config.max_new_tokens > limit:
             raise ForetellError(
                 f"the prompt is too long: {longest} tokens and {config.max_new_tokens} new ones exceed the base's "
                 f"context of {limit}; shorten the prompt or lower max_new_tokens"
             )
-        return loop.steps(
-            self,
-            [sequence[0] for sequence in ids],
-            max_new_tokens=config.max_new_tokens,
-            strategy=config.strategy,
-            masks=config.masks,
-            use_sampler=config.use_sampler,
-            shortlist=config.shortlist,
-            stop_ids=self.stop_ids(),
-        )
+        picker = Picker(config, processors)
+        return loop.steps(self, [sequence[0] for sequence in ids], config, picker, self.stop_ids())
 
     def decode_config(self, settings: dict[str, Any]) -> DecodeConfig:
         """Settings, checked; masks defaults to the k of training."""

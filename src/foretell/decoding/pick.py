@@ -1,0 +1,76 @@
+"""How a token is chosen from the base's logits: the largest, or a draw that depends on (seed, sequence, place) alone.
+
+A draw is an exponential race: token v arrives after e_v / p_v with e_v ~ Exp(1), the first to arrive is chosen, and it
+is v with probability p_v. The e of a place come from a generator keyed by the seed, the sequence and the place, so they
+are the same whoever asks and how often. Verification therefore stays what it is in greedy decoding: a draft holds if it
+equals the token that the base picks there. The law of the text is the base's own, and the very same text comes out of
+every strategy, batch and drafter. Drafts drawn in the same race (`drafts="drawn"`) meet the base's pick more often
+than not: for distributions p and q with total variation d they agree with probability at least (1 - d) / (1 + d).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from foretell.config import DecodeConfig
+
+
+class Picker:
+    """Chooses tokens for `DecodeConfig`'s temperature, top_k, top_p, min_p, repetition_penalty and seed.
+
+    `processors` are further transformers LogitsProcessors; they see the whole text before each token, drafts included.
+    """
+
+    def __init__(self, config: DecodeConfig, processors: LogitsProcessorList | None = None) -> None:
+        self.seed = config.seed
+        self.greedy = config.temperature == 0
+        self.draws_drafts = not self.greedy and config.drafts == "drawn"
+        self.processors = LogitsProcessorList(processors or [])
+        if config.repetition_penalty != 1:
+            self.processors.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
+        self.warpers = LogitsProcessorList()
+        if not self.greedy:
+            if config.temperature != 1:
+                self.warpers.append(TemperatureLogitsWarper(config.temperature))
+            if config.top_k:
+                self.warpers.append(TopKLogitsWarper(config.top_k))
+            if config.top_p < 1:
+                self.warpers.append(TopPLogitsWarper(config.top_p))
+            if config.min_p:
+                self.warpers.append(MinPLogitsWarper(config.min_p))
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether choices depend on the tokens before, beyond the logits: `pick` then needs `texts`."""
+        return bool(self.processors)
+
+    def pick(
+        self, logits: Tensor, sequences: Sequence[int], places: Sequence[int], texts: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """logits (N, V) -> tokens (N,) int64: row n is for place `places[n]` (0: first new token) of `sequences[n]`."""
+        if self.reads_text and texts is not None:
+            rows = [self.processors(text[None], row[None])[0] for text, row in zip(texts, logits, strict=True)]
+            logits = torch.stack(rows)
+        if self.greedy:
+            return logits.argmax(-1)
+        scores = self.warpers(None, logits.float())
+        waits = [self._waits(*key, logits.shape[-1], logits.device) for key in zip(sequences, places, strict=True)]
+        return (scores - torch.stack(waits).log()).argmax(-1)
+
+    def _waits(self, sequence: int, place: int, vocab: int, device: torch.device) -> Tensor:
+        """(V,) fp32, Exp(1): the same for the same (seed, sequence, place)."""
+        key = hashlib.blake2b(f"{self.seed}/{sequence}/{place}".encode(), digest_size=8).digest()
+        generator = torch.Generator(device).manual_seed(int.from_bytes(key) >> 1)
+        return torch.empty(vocab, device=device).exponential_(generator=generator)
