@@ -12,13 +12,17 @@ from pathlib import Path
 
 import problems
 import tokenizer
-import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
+
+from foretell.base import load_base
+from foretell.config import MTPConfig
+from foretell.decoding.generate import MTPForCausalLM
 
 PROMPT_SEED = 31  # other problems than those of the base's and of the adapter's plain text
-BATCH = 96
+COUNTS = {"problems": 8000, "code": 6000}
 NEW_TOKENS = {"problems": 170, "code": 160}
-SAMPLED = 0.25  # of the batches, at temperature 0.8
+BATCH = 96
+ONE_SAMPLED_IN = 4  # batches; the others are greedy
 
 
 def code_prompts(adapter_code: Path, tok: PreTrainedTokenizerFast) -> Iterator[str]:
@@ -34,35 +38,32 @@ def code_prompts(adapter_code: Path, tok: PreTrainedTokenizerFast) -> Iterator[s
                 yield "".join(lines[:count]).rstrip("\n")
 
 
-@torch.inference_mode()
-def continuations(
-    model: LlamaForCausalLM, tok: PreTrainedTokenizerFast, prompts: list[str], new_tokens: int, sampled: bool
-) -> list[str]:
-    """Prompts with the base's continuation."""
-    inputs = tok(prompts, return_tensors="pt", padding=True, padding_side="left")
-    settings = {"do_sample": True, "temperature": 0.8, "top_k": 0} if sampled else {"do_sample": False}
-    whole = model.generate(**inputs, max_new_tokens=new_tokens, pad_token_id=tok.pad_token_id, **settings)
-    new = whole[:, inputs["input_ids"].shape[1] :]
-    return [prompt + tok.decode(ids, skip_special_tokens=True) for prompt, ids in zip(prompts, new, strict=True)]
-
-
-def write_answers(base: Path, adapter_data: Path, out: Path, count: int = 4000) -> None:
-    """`problems.jsonl` and `code.jsonl` in `out`, `{"text": ...}` per line; by length, so that padding is small."""
+def write_answers(base: Path, adapter_data: Path, counts: dict[str, int] = COUNTS) -> None:
+    """`answers_problems.jsonl` and `answers_code.jsonl` in `adapter_data`, `{"text": ...}` per line."""
     tok = tokenizer.load(base)
-    model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    model = MTPForCausalLM(load_base(str(base)), MTPConfig(masks=1, rank=1), tok)  # decodes plainly: no adapter yet
     asked = {
-        "problems": [p.prompt for p in itertools.islice(problems.training_problems(PROMPT_SEED), count)],
-        "code": list(itertools.islice(code_prompts(adapter_data / "code.jsonl", tok), count)),
+        "problems": [p.prompt for p in itertools.islice(problems.training_problems(PROMPT_SEED), counts["problems"])],
+        "code": list(itertools.islice(code_prompts(adapter_data / "code.jsonl", tok), counts["code"])),
     }
-    out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(PROMPT_SEED)
     for name, prompts in asked.items():
-        prompts = sorted(prompts, key=len)
-        start, part = time.monotonic(), out / f"{name}.part"
+        prompts = sorted(prompts, key=len)  # neighbours of one length: short attention, little padding
+        start, part = time.monotonic(), adapter_data / f"{name}.part"
         with part.open("w", encoding="utf-8") as file:
-            for index in range(0, len(prompts), BATCH):
-                sampled = index // BATCH % round(1 / SAMPLED) == 0
-                for text in continuations(model, tok, prompts[index : index + BATCH], NEW_TOKENS[name], sampled):
-                    file.write(json.dumps({"text": text}) + "\n")
-                print(f"{name}: {index + BATCH} of {len(prompts)}, {time.monotonic() - start:.0f} s", flush=True)
-        part.rename(out / f"{name}.jsonl")
+            for first in range(0, len(prompts), BATCH):
+                group = prompts[first : first + BATCH]
+                temperature = 0.8 if first // BATCH % ONE_SAMPLED_IN == 0 else 0.0
+                for prompt, out in zip(
+                    group,
+                    model.generate_batch(
+                        group,
+                        max_new_tokens=NEW_TOKENS[name],
+                        strategy="autoregressive",
+                        temperature=temperature,
+                        seed=first,
+                    ),
+                    strict=True,
+                ):
+                    file.write(json.dumps({"text": prompt + out.text}) + "\n")
+                print(f"{name}: {first + len(group)} of {len(prompts)}, {time.monotonic() - start:.0f} s", flush=True)
+        part.rename(adapter_data / f"answers_{name}.jsonl")

@@ -1,4 +1,4 @@
-"""Build the embedded base model: data, tokenizer, pre-training, evaluation, export. Resumable: run it again.
+"""Build the embedded model: data, tokenizer, pre-training, the base's own answers, adapter. Resumable: run it again.
 
     python recipes/embedded/build.py
 
@@ -8,15 +8,25 @@ interrupted pre-training goes on from its last checkpoint.
 
 import argparse
 import json
+import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import answers
 import data
 import evaluate
 import export
 import pretrain
 import problems
+import torch
+
+import foretell
+from foretell import checkpoint, cli
+
+ADAPTER_SETTINGS = Path(__file__).with_name("adapter.yaml")
+ASSETS = Path(foretell.__file__).parent / "assets"
 
 
 @dataclass(frozen=True)
@@ -26,12 +36,18 @@ class Settings:
     folder: Path
     minutes: float
     problem_tokens: int
+    assets: Path
     compiled: bool
 
     @property
     def tokens(self) -> Path:
         """The tokenizer and the token arrays."""
         return self.folder / "data"
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter."""
+        return self.folder / "adapter"
 
     @property
     def base(self) -> Path:
@@ -64,12 +80,41 @@ def evaluate_stage(settings: Settings) -> None:
     print({name: value for name, value in report.items() if name != "samples"})
 
 
+def answers_stage(settings: Settings) -> None:
+    """Let the base continue training prompts, and take half as much of other people's text beside it."""
+    answers.write_answers(settings.base, settings.folder / "adapter_data")
+
+
+def adapter_stage(settings: Settings) -> None:
+    """`foretell train`, going on where it was interrupted."""
+    resume = ["--resume"] if (settings.adapter / "checkpoint").exists() else []
+    command = [
+        *("train", "--base", str(settings.base), "--data", str(settings.folder / "adapter_data")),
+        *("--output", str(settings.adapter), "--config", str(ADAPTER_SETTINGS), *resume),
+    ]
+    if code := cli.main(command):
+        sys.exit(code)
+
+
+def install_stage(settings: Settings) -> None:
+    """Put base, adapter (in bfloat16) and held-out prompts where the package has them."""
+    assets = settings.assets
+    for old in (assets / "embedded", assets / "prompts"):
+        shutil.rmtree(old, ignore_errors=True)
+    shutil.copytree(settings.base, assets / "embedded" / "base")
+    shutil.copytree(settings.folder / "prompts", assets / "prompts")
+    trained = foretell.load(settings.adapter, base=str(assets / "embedded" / "base"))
+    checkpoint.save(trained, assets / "embedded" / "adapter", dtype=torch.bfloat16)
+
+
 STAGES: tuple[tuple[str, Callable[[Settings], None]], ...] = (
     ("data", data_stage),
     ("pretrain", pretrain_stage),
     ("export", export_stage),
     ("evaluate", evaluate_stage),
-    # The adapter's training (`foretell train` on `base` with `adapter_data`) comes here.
+    ("answers", answers_stage),
+    ("adapter", adapter_stage),
+    ("install", install_stage),
 )
 
 
@@ -79,6 +124,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(".build/embedded"))
     parser.add_argument("--minutes", type=float, default=pretrain.MINUTES, help="wall-clock budget of the pre-training")
     parser.add_argument("--problem-tokens", type=int, default=data.PROBLEM_TOKENS)
+    parser.add_argument("--assets", type=Path, default=ASSETS, help="where the finished model goes")
     parser.add_argument(
         "--no-compile", action="store_true", help="train without torch.compile (no C++ compiler needed)"
     )
@@ -86,7 +132,7 @@ def main() -> None:
         "--again", choices=[name for name, _ in STAGES], action="append", default=[], help="redo a stage"
     )
     args = parser.parse_args()
-    settings = Settings(args.folder, args.minutes, args.problem_tokens, not args.no_compile)
+    settings = Settings(args.folder, args.minutes, args.problem_tokens, args.assets, not args.no_compile)
     done = args.folder / "done"
     done.mkdir(parents=True, exist_ok=True)
     for name, stage in STAGES:

@@ -73,9 +73,7 @@ def chunks(text: str, tok: PreTrainedTokenizerFast, most: int = 400) -> Iterator
         start = end
 
 
-def export_adapter_data(
-    tokenizer_folder: Path, out: Path, problem_count: int = 20_000, code_count: int = 8_000
-) -> None:
+def export_adapter_data(tokenizer_folder: Path, out: Path, problem_count: int = 4_000, code_count: int = 8_000) -> None:
     """Training text for the adapter, `{"text": ...}` per line, from the training split alone."""
     fresh = problems.training_problems(ADAPTER_SEED)
     write_lines(out / "problems.jsonl", ({"text": p.text} for p in itertools.islice(fresh, problem_count)))
