@@ -11,12 +11,12 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
 from foretell import checkpoint
 from foretell.base import Base
 from foretell.config import DTYPES, DecodeConfig
-from foretell.decoding import loop
+from foretell.decoding import hook, loop
 from foretell.decoding.loop import Step
 from foretell.decoding.pick import Picker
 from foretell.errors import ForetellError
@@ -125,6 +125,33 @@ class MTPForCausalLM(MTPModel):
             raise ForetellError("the batch is empty; give at least one prompt")
         ids = [self.encode(p, chat=chat) if isinstance(p, str) else self.encode(None, p) for p in prompts]
         return self._generate(ids, self.decode_config(settings), logits_processor)
+
+    def custom_generate(
+        self,
+        lm: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        strategy: str | None = None,
+        masks: int | None = None,
+        **model_kwargs: Any,
+    ) -> Tensor:
+        """For the base's own `generate(**inputs, custom_generate=model.custom_generate)`; batches too, padded left.
+
+        transformers calls this with what it has prepared; `strategy` and `masks` may be given to `generate()`.
+        """
+        settings = {"strategy": strategy, "masks": masks}
+        return hook.generate(
+            self,
+            lm,
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            model_kwargs.get("attention_mask"),
+            settings,
+        )
 
     def _generate(
         self, ids: Sequence[Tensor], config: DecodeConfig, processors: LogitsProcessorList | None
