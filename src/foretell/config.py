@@ -6,7 +6,7 @@ import dataclasses
 import types
 import typing
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from foretell.errors import ForetellError
 
@@ -28,6 +28,8 @@ def option(
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Base of all settings: checked on construction, strict about unknown keys."""
+
+    title: ClassVar[str] = "Options"  # of the options' group in the command line's help
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -88,6 +90,8 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
 class MTPConfig(Config):
     """What is added to a base: masks, adapter and sampler head (method.md sections 1 to 3)."""
 
+    title: ClassVar[str] = "Masks, adapter and sampler head"
+
     masks: int = option(8, "number of mask tokens k: tokens predicted ahead", minimum=1, maximum=64)
     masks_init: str = option("random", "start of the mask vectors", choices=("random", "mean"))
     masks_trainable: bool = option(True, "train the mask vectors (the paper draws them and leaves them)")
@@ -105,6 +109,8 @@ class MTPConfig(Config):
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Config):
     """How an adapter is trained (method.md section 4)."""
+
+    title: ClassVar[str] = "Training"
 
     steps: int = option(2000, "optimiser steps", minimum=1)
     batch_size: int = option(8, "sequences per step", minimum=1)
@@ -135,6 +141,8 @@ STRATEGIES = ("autoregressive", "linear", "quadratic")
 @dataclass(frozen=True, kw_only=True)
 class DecodeConfig(Config):
     """How text is decoded (method.md section 5)."""
+
+    title: ClassVar[str] = "Decoding"
 
     max_new_tokens: int = option(128, "generate at most this many tokens", minimum=1)
     strategy: str = option("quadratic", "which layout every step uses", choices=STRATEGIES)

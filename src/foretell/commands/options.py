@@ -123,7 +123,7 @@ def _option(field: dataclasses.Field[Any], cls: type, hint: Any) -> Any:
         show_default=False,
         min=field.metadata.get("minimum"),
         max=field.metadata.get("maximum"),
-        rich_help_panel=cls.__name__,
+        rich_help_panel=getattr(cls, "title", cls.__name__),
     )
 
 
