@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, LlamaConfig, MistralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoConfig,
+    LlamaConfig,
+    MistralConfig,
+)
 
 from foretell.base import Base
 from foretell.config import MTPConfig, TrainConfig
+from foretell.errors import ForetellError
 from foretell.gated_lora import adapted_linears
 from foretell.model import MTPModel
 from foretell.training.losses import mtp_losses, targets
-from foretell.training.two_pass import mask_pass, one_pass, regular_pass
+from foretell.training.two_pass import blocks_together, mask_pass, one_pass, regular_pass
 
 SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -171,3 +180,30 @@ def test_spreading_blocks_over_rows_changes_nothing(together: int) -> None:
     regular = regular_pass(model, ids)
     _, expected = one_pass(model, ids, anchors)
     torch.testing.assert_close(mask_pass(model, anchors, regular, together), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neo"])
+def test_bases_with_tables_of_positions_or_of_past_columns(kind: str) -> None:
+    """Masks past the last position must not be looked up; GPT-Neo's attention has a table of N x N columns as well."""
+    config = {
+        "gpt2": GPT2Config(vocab_size=53, n_embd=32, n_layer=2, n_head=4, n_positions=len(IDS)),
+        "gpt_neo": GPTNeoConfig(
+            vocab_size=53, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global"], 2]],
+            max_position_embeddings=len(IDS) + 2 * K,
+        ),
+    }[kind]  # fmt: skip
+    torch.manual_seed(0)
+    base = Base(AutoModelForCausalLM.from_config(config).float())
+    model = MTPModel(base, MTPConfig(masks=K, rank=RANK, alpha=ALPHA), check=False)
+    ids = torch.tensor([IDS])
+    regular = regular_pass(model, ids)
+    blocks = mask_pass(model, torch.tensor([[*ANCHORS, 9]]), regular)
+    for block, anchor in zip(blocks[0], [*ANCHORS, 9], strict=True):
+        # A mask block alone after a prefix, its adapter still at zero: the base on the prefix and the mask vectors.
+        inside = min(K, len(IDS) - 1 - anchor)
+        vectors = torch.cat([base.embed(ids[0, : anchor + 1]), model.mask_vectors[:inside]])
+        expected = base.latents(vectors[None])[0, anchor + 1 :]
+        torch.testing.assert_close(block[:inside], expected, atol=1e-5, rtol=1e-5)
+    if kind == "gpt_neo":
+        with pytest.raises(ForetellError, match=f"give --seq-len {len(IDS) + K}"):
+            blocks_together(model, len(IDS) + 2 * K - 1)

@@ -1,0 +1,94 @@
+"""`foretell train`: an adapter for a frozen base, from text or conversations."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from foretell.commands.options import dataclass_options, load_yaml
+from foretell.config import MTPConfig, TrainConfig
+from foretell.errors import ForetellError
+
+INTERRUPTED = 130
+PLACES = ("base", "data", "output")
+
+
+@dataclass_options(MTPConfig, TrainConfig)
+def command(
+    base: Annotated[str | None, typer.Option(help="base model: a directory or a Hub name", show_default=False)] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="training text: .jsonl, .txt, a directory, or a Hub data set", show_default=False),
+    ] = None,
+    output: Annotated[str | None, typer.Option(help="where the trained adapter goes", show_default=False)] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file of any of these settings; options win over it", show_default=False)
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the training in --output")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...", show_default="the GPU if any")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="run code that comes with the base")
+    ] = False,
+    **values: Any,
+) -> None:
+    """Train an adapter, so that a base says several tokens per step. The base itself stays as it is."""
+    given = {"base": base, "data": data, "output": output}
+    places, mtp, settings = merge_settings(config, {k: v for k, v in given.items() if v is not None} | values)
+
+    from rich.console import Console
+
+    from foretell.training.display import Display
+    from foretell.training.loop import train
+
+    console = Console(stderr=True)
+    try:
+        with Display(settings.steps, console) as display:
+            model = train(
+                **places, mtp=mtp, config=settings, resume=resume, device=device, trust_remote_code=trust_remote_code,
+                on_step=display,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        if (Path(places["output"]) / "checkpoint").is_dir():
+            console.print("stopped and saved; give the same command with --resume to go on", markup=False)
+        else:
+            console.print("stopped before the first step; nothing was saved", markup=False)
+        raise typer.Exit(INTERRUPTED) from None
+    report(places["output"], model.provenance, as_json)
+
+
+def merge_settings(path: Path | None, given: dict[str, Any]) -> tuple[dict[str, str], MTPConfig, TrainConfig]:
+    """Defaults < YAML < what was given on the command line.
+
+    Raises ForetellError for an unknown key, and if base, data or output is given nowhere.
+    """
+    values = {**(load_yaml(path) if path else {}), **given}
+    fields = {cls: {field.name for field in dataclasses.fields(cls)} for cls in (MTPConfig, TrainConfig)}
+    known = fields[MTPConfig] | fields[TrainConfig] | set(PLACES)
+    for key in values:
+        if key not in known:
+            raise ForetellError(f"{path}: unknown setting {key!r}; known are {', '.join(sorted(known))}")
+    for name in PLACES:
+        if not isinstance(values.get(name), str) or not values[name]:
+            raise ForetellError(f"training needs --{name} (or {name}: in the --config file)")
+    mtp = MTPConfig.from_dict({k: v for k, v in values.items() if k in fields[MTPConfig]})
+    settings = TrainConfig.from_dict({k: v for k, v in values.items() if k in fields[TrainConfig]})
+    return {name: values[name] for name in PLACES}, mtp, settings
+
+
+def report(output: str, provenance: dict[str, Any], as_json: bool) -> None:
+    """Where the model is, what it should reach, and what to do next."""
+    acceptance = provenance.get("held_out_simulated_acceptance", provenance.get("simulated_acceptance"))
+    if as_json:
+        typer.echo(json.dumps({"output": output, **provenance}, indent=2, default=str))
+        return
+    place = shlex.quote(output)
+    typer.echo(f"The adapter is in {output}.")
+    if acceptance is not None:
+        typer.echo(f"Simulated acceptance: {acceptance:.2f} tokens per step.")
+    typer.echo(f'Next:\n  foretell generate --model {place} "Once upon a time"\n  foretell bench --model {place}')

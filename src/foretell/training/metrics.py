@@ -1,0 +1,71 @@
+"""How well drafts would be accepted, estimated on true text without decoding (method.md section 5).
+
+The base decides after every position from the true text before it; a draft chain starts from its choice at the anchor.
+Real decoding feeds back its own text, so these figures rank trainings; `foretell bench` measures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from foretell.model import MTPModel
+from foretell.training.losses import LOGITS_AT_ONCE, Targets
+
+
+@dataclass
+class Agreement:
+    """Counts that add up over batches: per mask (K,), and of blocks whose first j drafts all match (K,)."""
+
+    matched: Tensor
+    seen: Tensor
+    prefix: Tensor
+    blocks: int
+
+    def __add__(self, other: Self) -> Agreement:
+        return Agreement(
+            self.matched + other.matched, self.seen + other.seen, self.prefix + other.prefix, self.blocks + other.blocks
+        )
+
+    def per_mask(self) -> list[float]:
+        """Fraction of drafts of each mask that are the base's own choice."""
+        return [round(value, 4) for value in (self.matched / self.seen.clamp_min(1)).tolist()]
+
+    def simulated_acceptance(self) -> float:
+        """Tokens per step if every block were decoded once: 1 + sum over j of P(the first j drafts all match)."""
+        return round(1.0 + float(self.prefix.sum()) / max(1, self.blocks), 4)
+
+
+@torch.no_grad()
+def agreement(model: MTPModel, z_masks: Tensor, z: Tensor, anchors: Tensor, target: Targets) -> Agreement:
+    """z_masks (B, A, K, D), z (B, N, D), anchors (B, A). Prefixes are counted over blocks with all K labels."""
+    valid = target.valid
+    needed = torch.zeros(z.shape[:2], dtype=torch.bool, device=z.device)
+    used = valid.any(-1)
+    batch = torch.arange(z.shape[0], device=z.device)
+    needed[batch[:, None].expand_as(anchors)[used], anchors[used]] = True
+    needed[batch[:, None, None].expand_as(valid)[valid], target.positions[valid]] = True
+    choices = torch.zeros(z.shape[:2], dtype=torch.long, device=z.device)
+    choices[needed] = _choose(model, z[needed])
+
+    path = torch.cat([anchors[:, :, None], target.positions], dim=2)  # i, i+1, .. i+K
+    along = choices.gather(1, path.flatten(1)).view(path.shape)
+    wanted, before = along[:, :, 1:][valid], along[:, :, :-1][valid]
+    latents = z_masks[valid]
+    if model.sampler is not None:
+        latents = model.sampler(model.base.embed(before), latents).to(latents.dtype)
+    match = torch.zeros_like(valid)
+    match[valid] = _choose(model, latents) == wanted
+    whole = valid.all(-1)
+    prefix = match[whole].long().cumprod(-1).sum(0)
+    return Agreement(match.sum((0, 1)), valid.sum((0, 1)), prefix, int(whole.sum()))
+
+
+def _choose(model: MTPModel, latents: Tensor) -> Tensor:
+    """(R, D) -> (R,) argmax tokens, never all logits at once."""
+    rows = max(1, LOGITS_AT_ONCE // model.base.vocab_size)
+    parts = [model.base.unembed(part).argmax(-1) for part in latents.split(rows)]
+    return torch.cat(parts) if parts else latents.new_zeros(0, dtype=torch.long)

@@ -1,0 +1,149 @@
+"""The two passes of training: real tokens without autograd, then only the masks with it (method.md section 1).
+
+The base is frozen and the gate is off at regular tokens, so no gradient ever reaches one: their keys, values and
+latents are computed once and kept. The ungated baseline changes regular tokens too and needs one pass over everything.
+Letters: B batch, N tokens, A anchors (positions with a mask block), K masks per block, M = A * K, D hidden.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import CacheLayerMixin
+
+from foretell.attention import AttentionMask, attention_mask
+from foretell.errors import ForetellError
+from foretell.model import MTPModel
+
+BLOCKS_TOGETHER = 16
+
+
+class FrozenLayer(CacheLayerMixin):
+    """Kept keys and values of one layer: `update` returns them with the new ones behind and writes nothing.
+
+    In-place writes, as in a decoding cache, would break the second backward.
+    """
+
+    is_sliding = False
+
+    def __init__(self, keys: Tensor, values: Tensor, copies: int = 1) -> None:
+        """keys and values (B, H, N, D/H); forwards bring B * copies rows, `copies` of them for each sequence."""
+        super().__init__()
+        self.keys, self.values, self.copies = keys, values, copies
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the layer is born full."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return self._behind(self.keys, key_states), self._behind(self.values, value_states)
+
+    def _behind(self, kept: Tensor, new: Tensor) -> Tensor:
+        shared = kept[:, None].expand(-1, self.copies, -1, -1, -1)
+        return torch.cat([shared, new.unflatten(0, (-1, self.copies))], dim=-2).flatten(0, 1)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return int(self.keys.shape[-2])
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class Regular(NamedTuple):
+    """What the first pass leaves: keys and values of every layer, and z (B, N, D)."""
+
+    layers: list[tuple[Tensor, Tensor]]
+    z: Tensor
+
+
+@torch.no_grad()
+def regular_pass(model: MTPModel, ids: Tensor) -> Regular:
+    """ids (B, N), padded on the right: the base's own forward with the gate closed."""
+    cache = DynamicCache()
+    z = model.base.latents(model.base.embed(ids), cache=cache)
+    return Regular([(layer.keys, layer.values) for layer in cache.layers], z)
+
+
+def mask_pass(model: MTPModel, anchors: Tensor, regular: Regular, together: int | None = None) -> Tensor:
+    """Mask rows only, with autograd: anchors (B, A) -> z (B, A, K, D).
+
+    Blocks never see each other, so they are spread over batch rows with `together` of them in each: the attention of M
+    masks over N + M columns is mostly masked away when M is large. Raises ForetellError if not even one block fits.
+    """
+    (batch, total), k, tokens = anchors.shape, model.max_masks, regular.z.shape[1]
+    copies = -(-total // (together or blocks_together(model, tokens)))
+    blocks = -(-total // copies)
+    spread = torch.cat([anchors, anchors[:, : copies * blocks - total]], dim=1).view(-1, blocks)
+    positions = mask_positions(spread, k, tokens)
+    mask = mask_rows(model, spread, positions, tokens)
+    cache = Cache(layers=[FrozenLayer(keys, values, copies) for keys, values in regular.layers])
+    with model.adapter.open(0, blocks * k):
+        z = model.base.latents(mask_embeddings(model, batch * copies, blocks), positions, mask, cache)
+    return z.reshape(batch, copies * blocks, k, -1)[:, :total]
+
+
+def blocks_together(model: MTPModel, tokens: int) -> int:
+    """How many blocks share a batch row: a number that was fast, or what fits a table of past columns (GPT-Neo's)."""
+    limit = model.base.max_positions
+    tables = (buffer for buffer in model.base.lm.buffers() if buffer.dtype == torch.bool and buffer.dim() >= 2)
+    if limit is None or not any(table.shape[-2:] == (limit, limit) for table in tables):
+        return BLOCKS_TOGETHER
+    fit = (limit - tokens) // model.max_masks
+    if fit < 1:
+        raise ForetellError(
+            f"{tokens} tokens and a block of masks exceed this base; give --seq-len {limit - model.max_masks}"
+        )
+    return min(fit, BLOCKS_TOGETHER)
+
+
+def one_pass(model: MTPModel, ids: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
+    """Everything in one forward with autograd: ids (B, N), anchors (B, A) -> z (B, N, D) and (B, A, K, D)."""
+    (batch, tokens), blocks, k = ids.shape, anchors.shape[1], model.max_masks
+    regular = torch.arange(tokens, device=ids.device).expand(batch, -1)
+    positions = torch.cat([regular, mask_positions(anchors, k, tokens)], dim=1)
+    causal = torch.ones(tokens, tokens + blocks * k, dtype=torch.bool, device=ids.device).tril()
+    visible = torch.cat([causal.expand(batch, -1, -1), visibility(anchors, k, tokens)], dim=1)
+    mask = attention_mask(visible, positions, positions, model.base.text_config, model.base.dtype)
+    embeddings = torch.cat([model.base.embed(ids), mask_embeddings(model, batch, blocks)], dim=1)
+    with model.adapter.open(tokens, tokens + blocks * k):
+        z = model.base.latents(embeddings, positions, mask)
+    return z[:, :tokens], z[:, tokens:].reshape(batch, blocks, k, -1)
+
+
+def mask_embeddings(model: MTPModel, batch: int, blocks: int) -> Tensor:
+    """(B, M, E): the K mask vectors, once per block."""
+    return model.mask_vectors.to(model.base.dtype).repeat(blocks, 1).expand(batch, -1, -1)
+
+
+def mask_positions(anchors: Tensor, k: int, tokens: int) -> Tensor:
+    """(B, M) position ids: mask j after anchor i sits at i + j.
+
+    Masks past the end have no label and are held at the last position, which a table of learned positions still has.
+    """
+    offsets = torch.arange(1, k + 1, device=anchors.device)
+    return (anchors[:, :, None] + offsets).clamp(max=tokens - 1).flatten(1)
+
+
+def visibility(anchors: Tensor, k: int, tokens: int) -> Tensor:
+    """(B, M, N + M) bool: m_j after anchor i sees regular tokens up to i and m_1..m_j of its own block."""
+    batch, blocks = anchors.shape
+    columns = torch.arange(tokens, device=anchors.device)
+    prefix = (columns <= anchors[:, :, None]).repeat_interleave(k, dim=1)
+    within = torch.ones(k, k, dtype=torch.bool, device=anchors.device).tril()
+    own = torch.block_diag(*[within] * blocks).bool()
+    return torch.cat([prefix, own.expand(batch, -1, -1)], dim=2)
+
+
+def mask_rows(model: MTPModel, anchors: Tensor, positions: Tensor, tokens: int) -> AttentionMask:
+    """The additive mask of the second pass, per layer type where the base wants it."""
+    regular = torch.arange(tokens, device=anchors.device).expand(anchors.shape[0], -1)
+    return attention_mask(
+        visibility(anchors, model.max_masks, tokens), positions, torch.cat([regular, positions], dim=1),
+        model.base.text_config, model.base.dtype,
+    )  # fmt: skip
