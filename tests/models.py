@@ -43,6 +43,16 @@ CONFIGS = {
     "gpt2": hf.GPT2Config(
         vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, n_positions=256, bos_token_id=None, eos_token_id=None
     ),
+    "gpt_neo": hf.GPTNeoConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_layers=3,
+        num_heads=4,
+        attention_types=[[["global"], 3]],
+        max_position_embeddings=256,
+        bos_token_id=None,
+        eos_token_id=None,
+    ),
     "opt": hf.OPTConfig(
         **{**COMMON, "ffn_dim": 64, "word_embed_proj_dim": 16},
     ),
@@ -54,7 +64,7 @@ CONFIGS = {
 def tiny_lm(name: str = "llama", seed: int = 0, spread: float | None = 0.2) -> PreTrainedModel:
     """A random model in fp32; weights N(0, spread²) give varied greedy text, None keeps the library's start."""
     torch.manual_seed(seed)
-    attention = "eager" if name == "gemma2" else "sdpa"  # soft-capped attention scores need eager
+    attention = "eager" if name in ("gemma2", "gpt_neo") else "sdpa"  # they have no sdpa that is theirs
     lm = AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation=attention).eval()
     if spread is not None:
         for parameter in lm.parameters():

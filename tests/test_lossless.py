@@ -101,7 +101,7 @@ def test_stops_at_the_end_of_text_inside_an_accepted_run() -> None:
         assert expected[-1] == stop and len(expected) < 12
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt"])
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neo", "opt"])
 def test_learned_positions_up_to_the_last(name: str) -> None:
     """Masks never take a position past the table, even when the text fills it."""
     model = tiny_model(name, masks=8)

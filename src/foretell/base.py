@@ -30,6 +30,8 @@ class Base(nn.Module):
         self.d_model = int(self.head.weight.shape[1])
         self.d_embedding = int(self.embed(torch.zeros(1, dtype=torch.long, device=self.device)).shape[-1])
         self.max_positions = getattr(self.text_config, "max_position_embeddings", None)
+        # GPT-Neo's attention has a table of that many columns, which mask rows take up as well.
+        self.max_columns = self.max_positions if self.text_config.model_type == "gpt_neo" else None
 
     @property
     def device(self) -> torch.device:

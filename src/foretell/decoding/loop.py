@@ -15,7 +15,7 @@ from foretell.decoding.draft import draft, largest
 from foretell.decoding.pick import Picker
 from foretell.decoding.strategies import aligned, next_layout
 from foretell.decoding.verify import accepted_drafts
-from foretell.layout import Layout
+from foretell.layout import Layout, plain
 from foretell.model import MTPModel
 
 NO_DRAFT = -1
@@ -70,6 +70,8 @@ def steps(
     drafts = x.new_empty((len(prompts), 0))  # (B, most drafts), NO_DRAFT where a sequence has fewer
     while running:
         layouts = aligned([next_layout(config.strategy, row.drafts, masks, row.remaining) for row in running], masks)
+        if model.base.max_columns is not None and max(cache.lengths) + layouts[0].width > model.base.max_columns:
+            layouts = [plain()] * len(running)
         regular = layouts[0].regular
         drafts = drafts[:, : regular - 1]
         latents = model.step(torch.cat([x[:, None], drafts.clamp(min=0)], dim=1), layouts, cache, cache.lengths)
