@@ -9,7 +9,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import typer
@@ -22,6 +22,7 @@ from foretell.errors import ForetellError
 
 @dataclass(frozen=True, kw_only=True)
 class Sample(Config):
+    title: ClassVar[str] = "Sample settings"
     rank_count: int = option(4, "how many [of them]", minimum=1, maximum=9)
     rate: float = option(1e-3, "a rate", minimum=0.0)
     gated: bool = option(True, "gate it")
@@ -107,7 +108,7 @@ def test_help_shows_flags_help_texts_bounds_and_defaults(
     assert cli.main(["probe", "--help"]) == 0
     out = capsys.readouterr().out
     for text in ("--rank-count", "how many [of them] [default: 4]", "--no-gated", "[default: yes]", "plain|fancy",
-                 "a limit [none]", "[default: a b]", "[default: 0.001]", "1<=x<=9", "Sample"):  # fmt: skip
+                 "a limit [none]", "[default: a b]", "[default: 0.001]", "1<=x<=9", "Sample settings"):  # fmt: skip
         assert text in out, text
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -110,6 +111,11 @@ class Base(nn.Module):
         return digest.hexdigest()
 
 
+def is_hub_name(name: str) -> bool:
+    """Whether a name can only mean a Hub repository: "owner/model" or "model", not a path."""
+    return name.count("/") <= 1 and not name.startswith((".", "/", "~")) and bool(name)
+
+
 def load_base(
     name: str,
     *,
@@ -124,12 +130,14 @@ def load_base(
     """
     from transformers import AutoModelForCausalLM
 
+    if not Path(name).is_dir() and (Path(name).exists() or not is_hub_name(name)):
+        raise ForetellError(f"there is no base at {name}: give a directory with safetensors or a Hub name")
     try:
         lm = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, **kwargs
         )
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise ForetellError(
             f"the base {name!r} could not be loaded ({reason}); give a directory with safetensors or a Hub name"
         ) from error

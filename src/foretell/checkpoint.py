@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import foretell
-from foretell.base import Base, load_base
+from foretell.base import Base, is_hub_name, load_base
 from foretell.config import MTPConfig
 from foretell.errors import ForetellError
 from foretell.model import MTPModel
@@ -98,7 +98,7 @@ def local_directory(source: str | Path) -> Path:
     path = Path(source)
     if path.is_dir():
         return path
-    if path.exists() or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+    if path.exists() or not is_hub_name(str(source)) or "/" not in str(source):
         raise ForetellError(f"there is no model at {source}: give a directory made by `foretell train` or a Hub name")
     from huggingface_hub import snapshot_download
 
