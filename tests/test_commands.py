@@ -209,7 +209,7 @@ def test_models_that_cannot_be_loaded(saved: Path, tmp_path: Path, capsys: Captu
     attempt(tmp_path / "absent", named="there is no model at")
     attempt(saved.parent / "base", named="has no foretell.json")
     attempt(saved, "--base", save_base(tmp_path / "other", seed=5), named="was trained for")
-    attempt(saved, "--base", tmp_path / "absent", named="could not be loaded")
+    attempt(saved, "--base", tmp_path / "absent", named="there is no base at")
     for name, content in (("foretell.safetensors", b"\x00" * 40), ("foretell.json", b'{"format": 1,')):
         copy = tmp_path / name / "adapter"
         shutil.copytree(saved.parent, copy.parent)
