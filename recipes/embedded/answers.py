@@ -19,7 +19,7 @@ from foretell.config import MTPConfig
 from foretell.decoding.generate import MTPForCausalLM
 
 PROMPT_SEED = 31  # other problems than those of the base's and of the adapter's plain text
-COUNTS = {"problems": 8000, "code": 6000}
+COUNTS = {"problems": 3500, "code": 3000}
 NEW_TOKENS = {"problems": 170, "code": 160}
 BATCH = 96
 ONE_SAMPLED_IN = 4  # batches; the others are greedy

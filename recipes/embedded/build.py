@@ -18,6 +18,7 @@ import answers
 import data
 import evaluate
 import export
+import finish
 import pretrain
 import problems
 import torch
@@ -45,6 +46,11 @@ class Settings:
         return self.folder / "data"
 
     @property
+    def loops(self) -> Path:
+        """The pre-trained base's own text, with its loops."""
+        return self.folder / "loops.jsonl"
+
+    @property
     def adapter(self) -> Path:
         """The trained adapter."""
         return self.folder / "adapter"
@@ -66,11 +72,23 @@ def pretrain_stage(settings: Settings) -> None:
     pretrain.train(settings.folder, settings.minutes, pretrain.BATCH, settings.compiled, resume=True)
 
 
-def export_stage(settings: Settings) -> None:
-    """Write the base in bfloat16, the held-out prompts and the adapter's training text."""
-    export.export_base(settings.folder / "checkpoint", settings.tokens / "tokenizer", settings.base)
-    export.export_prompts(settings.folder / "prompts")
+def loops_stage(settings: Settings) -> None:
+    """Let the pre-trained base continue training code, to see where it falls into loops."""
+    pretrained = settings.folder / "pretrained"
+    export.export_base(settings.folder / "checkpoint", settings.tokens / "tokenizer", pretrained)
     export.export_adapter_data(settings.tokens / "tokenizer", settings.folder / "adapter_data")
+    finish.own_loops(pretrained, settings.folder / "adapter_data" / "code.jsonl", settings.loops)
+
+
+def finish_stage(settings: Settings) -> None:
+    """Train on: arithmetic first, and away from the base's own loops."""
+    finish.finish(settings.folder, finish.MINUTES, settings.loops, settings.compiled)
+
+
+def export_stage(settings: Settings) -> None:
+    """Write the base in bfloat16 and the held-out prompts."""
+    export.export_base(settings.folder / "finished", settings.tokens / "tokenizer", settings.base)
+    export.export_prompts(settings.folder / "prompts")
 
 
 def evaluate_stage(settings: Settings) -> None:
@@ -81,7 +99,7 @@ def evaluate_stage(settings: Settings) -> None:
 
 
 def answers_stage(settings: Settings) -> None:
-    """Let the base continue training prompts, and take half as much of other people's text beside it."""
+    """Let the finished base continue training prompts."""
     answers.write_answers(settings.base, settings.folder / "adapter_data")
 
 
@@ -110,6 +128,8 @@ def install_stage(settings: Settings) -> None:
 STAGES: tuple[tuple[str, Callable[[Settings], None]], ...] = (
     ("data", data_stage),
     ("pretrain", pretrain_stage),
+    ("loops", loops_stage),
+    ("finish", finish_stage),
     ("export", export_stage),
     ("evaluate", evaluate_stage),
     ("answers", answers_stage),

@@ -68,11 +68,11 @@ class Corpus:
         start = int(self.random.integers(0, len(array) - size))
         return array[start : start + size]
 
-    def rows(self, count: int) -> Tensor:
+    def rows(self, count: int, code_share: float = CODE_SHARE) -> Tensor:
         """Plain rows: problems in order and never twice while they last, code from random places."""
         out = np.empty((count, LENGTH + 1), dtype=np.int64)
         for row in range(count):
-            if self.random.random() < CODE_SHARE:
+            if self.random.random() < code_share:
                 out[row] = self._window(self.code, LENGTH + 1)
                 continue
             if self.at + LENGTH + 1 > len(self.problems):

@@ -102,7 +102,7 @@ class MTPConfig(Config):
     rank: int = option(128, "rank of the LoRA matrices", minimum=1)
     alpha: float = option(256.0, "LoRA scale: the low-rank term is multiplied by alpha / rank", minimum=0.0)
     sampler: str = option(
-        "mlp", "sampler head: mlp as in the paper, residual, or none", choices=("mlp", "residual", "none")
+        "residual", "sampler head: mlp as in the paper, residual (z + MLP), or none", choices=("mlp", "residual", "none")
     )
 
 
