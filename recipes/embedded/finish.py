@@ -25,9 +25,9 @@ from foretell.base import load_base
 from foretell.config import MTPConfig
 from foretell.decoding.generate import MTPForCausalLM
 
-MINUTES = 18.0
+MINUTES = 12.0
 ROWS = {"problems": 7, "code": 3, "loops": 2}
-DIGIT_WEIGHT, RESULT_WEIGHT = 2.0, 5.0
+DIGIT_WEIGHT, RESULT_WEIGHT, QUESTION_WEIGHT = 2.0, 5.0, 0.1
 RATE = 0.5  # of pre-training's highest
 RUN = 8  # repeated 4-grams in a row that make a loop; shorter repetition is natural in code
 
@@ -92,23 +92,29 @@ class Loops:
 
 
 class Weights:
-    """How much each predicted token counts: digits more, the results of equations most."""
+    """How much each predicted token counts: digits more, results of equations most, a problem's question little.
+
+    Most of a problem's text is names and things, which nobody can foresee; its solution is what is to be learned.
+    """
 
     def __init__(self, tok: tokenizer.PreTrainedTokenizerFast) -> None:
         pieces = [tok.decode([i]).strip() for i in range(len(tok))]
         self.digit = np.array([piece.isdigit() for piece in pieces])
         self.equals = np.array([piece == "=" for piece in pieces])
         self.blank = np.array([piece == "" for piece in pieces])
+        self.opens, self.closes = (tok(word)["input_ids"][0] for word in ("Problem:", "Solution:"))
 
     def __call__(self, ids: Tensor) -> Tensor:
         """(rows, LENGTH + 1) -> (rows, LENGTH) fp32."""
         tokens = ids.numpy()
         weights = np.where(self.digit[tokens], DIGIT_WEIGHT, 1.0)
-        result = np.zeros(len(tokens), dtype=bool)
+        result, asked = np.zeros((2, len(tokens)), dtype=bool)
         for place in range(tokens.shape[1]):
             column = tokens[:, place]
             result = self.equals[column] | (result & (self.digit[column] | self.blank[column]))
             weights[:, place] = np.where(result & self.digit[column], RESULT_WEIGHT, weights[:, place])
+            weights[:, place] = np.where(asked, QUESTION_WEIGHT, weights[:, place])
+            asked = (asked | (column == self.opens)) & (column != self.closes)
         return torch.from_numpy(weights[:, 1:]).float()
 
 

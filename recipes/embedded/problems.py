@@ -18,6 +18,7 @@ from stories import Story, UnsuitableError, compute
 TEMPLATES = templates_counting.TEMPLATES + templates_money.TEMPLATES + templates_measuring.TEMPLATES
 BUCKETS = 50
 EQUATION = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
+TRIES = 40  # at one template, before another is chosen, so that hard templates stay as frequent as easy ones
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,29 @@ class Problem:
 def generate(rng: random.Random) -> Problem:
     """One problem; the same state of `rng` gives the same problem."""
     while True:
-        story = Story(rng)
-        try:
-            rng.choice(TEMPLATES)(story)
-        except UnsuitableError:
-            continue
-        if len(story.steps) >= 2:
-            return Problem(" ".join(story.told), "\n".join(story.steps), story.result)
+        template = rng.choice(TEMPLATES)
+        for _ in range(TRIES):
+            story = Story(rng)
+            try:
+                template(story)
+            except UnsuitableError:
+                continue
+            problem = Problem(" ".join(story.told), "\n".join(story.steps), story.result)
+            if len(story.steps) >= 2 and in_the_head(problem):
+                return problem
+
+
+def in_the_head(problem: Problem) -> bool:
+    """Whether a child, or a model of seven million parameters, can do every step without paper."""
+    for left, sign, right, value in EQUATION.findall(problem.solution):
+        low, high = sorted((int(left), int(right)))
+        if sign in "+-" and max(high, int(value)) > 100:
+            return False
+        if sign == "*" and (low > 10 or high > 20 or int(value) > 100):
+            return False
+        if sign == "/" and (int(left) > 100 or int(right) > 10):
+            return False
+    return True
 
 
 def held_out(problem: Problem) -> bool:

@@ -91,4 +91,4 @@ def report(output: str, provenance: dict[str, Any], as_json: bool) -> None:
     typer.echo(f"The adapter is in {output}.")
     if acceptance is not None:
         typer.echo(f"Simulated acceptance: {acceptance:.2f} tokens per step.")
-    typer.echo(f'Next:\n  foretell generate --model {place} "Once upon a time"\n  foretell bench --model {place}')
+    typer.echo(f'Next:\n  foretell generate --model {place} --prompt "Once upon a time"\n  foretell bench --model {place}')
