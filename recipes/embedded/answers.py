@@ -19,15 +19,15 @@ from foretell.config import MTPConfig
 from foretell.decoding.generate import MTPForCausalLM
 
 PROMPT_SEED = 31  # other problems than those of the base's and of the adapter's plain text
-COUNTS = {"problems": 3500, "code": 3000}
+COUNTS = {"problems": 3500, "code": 3500}
 NEW_TOKENS = {"problems": 170, "code": 160}
 BATCH = 96
 ONE_SAMPLED_IN = 4  # batches; the others are greedy
 
 
-def code_prompts(adapter_code: Path, tok: PreTrainedTokenizerFast) -> Iterator[str]:
+def code_prompts(code: Path, tok: PreTrainedTokenizerFast) -> Iterator[str]:
     """Beginnings of training code, 20 to 140 tokens, ending before a line end as the held-out prompts do."""
-    with adapter_code.open(encoding="utf-8") as file:
+    with code.open(encoding="utf-8") as file:
         for index, line in enumerate(file):
             text = json.loads(line)["text"]
             size = 20 + index * 37 % 120
@@ -42,12 +42,14 @@ def write_answers(base: Path, adapter_data: Path, counts: dict[str, int] = COUNT
     """`answers_problems.jsonl` and `answers_code.jsonl` in `adapter_data`, `{"text": ...}` per line."""
     tok = tokenizer.load(base)
     model = MTPForCausalLM(load_base(str(base)), MTPConfig(masks=1, rank=1), tok)  # decodes plainly: no adapter yet
-    asked = {
-        "problems": [p.prompt for p in itertools.islice(problems.training_problems(PROMPT_SEED), counts["problems"])],
-        "code": list(itertools.islice(code_prompts(adapter_data / "code.jsonl", tok), counts["code"])),
+    sources = {
+        "problems": (problem.prompt for problem in problems.training_problems(PROMPT_SEED)),
+        "code": code_prompts(adapter_data.with_name("code.jsonl"), tok),
     }
-    for name, prompts in asked.items():
-        prompts = sorted(prompts, key=len)  # neighbours of one length: short attention, little padding
+    adapter_data.mkdir(parents=True, exist_ok=True)
+    for name, count in counts.items():
+        # Neighbours of one length: short attention, little padding.
+        prompts = sorted(itertools.islice(sources[name], count), key=len)
         start, part = time.monotonic(), adapter_data / f"{name}.part"
         with part.open("w", encoding="utf-8") as file:
             for first in range(0, len(prompts), BATCH):

@@ -76,8 +76,8 @@ def loops_stage(settings: Settings) -> None:
     """Let the pre-trained base continue training code, to see where it falls into loops."""
     pretrained = settings.folder / "pretrained"
     export.export_base(settings.folder / "checkpoint", settings.tokens / "tokenizer", pretrained)
-    export.export_adapter_data(settings.tokens / "tokenizer", settings.folder / "adapter_data")
-    finish.own_loops(pretrained, settings.folder / "adapter_data" / "code.jsonl", settings.loops)
+    export.export_text(settings.tokens / "tokenizer", settings.folder)
+    finish.own_loops(pretrained, settings.folder / "code.jsonl", settings.loops)
 
 
 def finish_stage(settings: Settings) -> None:

@@ -73,11 +73,13 @@ def chunks(text: str, tok: PreTrainedTokenizerFast, most: int = 400) -> Iterator
         start = end
 
 
-def export_adapter_data(tokenizer_folder: Path, out: Path, problem_count: int = 4_000, code_count: int = 8_000) -> None:
-    """Training text for the adapter, `{"text": ...}` per line, from the training split alone."""
-    fresh = problems.training_problems(ADAPTER_SEED)
-    write_lines(out / "problems.jsonl", ({"text": p.text} for p in itertools.islice(fresh, problem_count)))
+def export_text(tokenizer_folder: Path, folder: Path, plain_problems: int = 1000, plain_code: int = 1500) -> None:
+    """`code.jsonl`, all training code in pieces, and in `adapter_data` the plain part of the adapter's training text."""
     tok = tokenizer.load(tokenizer_folder)
     pieces = [piece for text in stdlib_code.training_documents() for piece in chunks(text, tok) if len(piece) > 200]
     random.Random(ADAPTER_SEED).shuffle(pieces)
-    write_lines(out / "code.jsonl", ({"text": piece} for piece in pieces[:code_count]))
+    write_lines(folder / "code.jsonl", ({"text": piece} for piece in pieces))
+    out = folder / "adapter_data"
+    write_lines(out / "code.jsonl", ({"text": piece} for piece in pieces[:plain_code]))
+    fresh = itertools.islice(problems.training_problems(ADAPTER_SEED), plain_problems)
+    write_lines(out / "problems.jsonl", ({"text": problem.text} for problem in fresh))
