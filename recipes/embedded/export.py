@@ -74,7 +74,7 @@ def chunks(text: str, tok: PreTrainedTokenizerFast, most: int = 400) -> Iterator
 
 
 def export_text(tokenizer_folder: Path, folder: Path, plain_problems: int = 1000, plain_code: int = 1500) -> None:
-    """`code.jsonl`, all training code in pieces, and in `adapter_data` the plain part of the adapter's training text."""
+    """`code.jsonl`, all training code in pieces; in `adapter_data` the plain part of the adapter's training text."""
     tok = tokenizer.load(tokenizer_folder)
     pieces = [piece for text in stdlib_code.training_documents() for piece in chunks(text, tok) if len(piece) > 200]
     random.Random(ADAPTER_SEED).shuffle(pieces)
