@@ -82,7 +82,7 @@ def loops_stage(settings: Settings) -> None:
 
 def finish_stage(settings: Settings) -> None:
     """Train on: arithmetic first, and away from the base's own loops."""
-    finish.finish(settings.folder, finish.MINUTES, settings.loops, settings.compiled)
+    finish.finish(settings.folder, finish.MINUTES, settings.loops)
 
 
 def export_stage(settings: Settings) -> None:

@@ -1,8 +1,8 @@
 """The last part of the base's training: arithmetic first, and no loops of its own.
 
 After pre-training the base reads a problem well but miscalculates, and falls into loops in code. Here digits weigh
-more, results of equations most; and the base's own greedy loops (written by `own_loops`) are made unlikely, token by
-token (sequence-level unlikelihood, Welleck et al. 2019).
+more, results of equations most; and in the base's own greedy loops (written by `own_loops`) it learns to say the next best
+thing instead.
 """
 
 import itertools
@@ -26,7 +26,7 @@ from foretell.config import MTPConfig
 from foretell.decoding.generate import MTPForCausalLM
 
 MINUTES = 12.0
-ROWS = {"problems": 7, "code": 3, "loops": 2}
+ROWS = {"problems": 6, "code": 3, "loops": 3}
 DIGIT_WEIGHT, RESULT_WEIGHT, QUESTION_WEIGHT = 2.0, 5.0, 0.1
 RATE = 0.5  # of pre-training's highest
 RUN = 8  # repeated 4-grams in a row that make a loop; shorter repetition is natural in code
@@ -118,18 +118,26 @@ class Weights:
         return torch.from_numpy(weights[:, 1:]).float()
 
 
-def losses(model: LlamaForCausalLM, ids: Tensor, weights: Tensor, unlikely: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighted cross-entropy of the first len(weights) rows, and unlikelihood of the marked tokens of the others."""
+def losses(
+    model: LlamaForCausalLM, reference: LlamaForCausalLM, ids: Tensor, weights: Tensor, unlikely: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Weighted cross-entropy of the first len(weights) rows, and the way out of the loops in the others.
+
+    At a marked token the target is what the reference would say if it could not say that token. Plain unlikelihood,
+    -log(1 - p), was tried: the probability it takes away went to one junk token.
+    """
+    plain = len(weights)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-    nll = functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
-    nll = nll.view(len(ids), -1)
-    likely = (-nll[len(weights) :]).exp()
-    penalty = -torch.log((1 - likely).clamp(min=1e-4)) * unlikely
-    return (nll[: len(weights)] * weights).sum() / weights.sum(), penalty.sum() / unlikely.sum().clamp(min=1)
+        with torch.no_grad():
+            wanted = reference(input_ids=ids[plain:, :-1], use_cache=False).logits
+    nll = functional.cross_entropy(logits[:plain].flatten(0, 1).float(), ids[:plain, 1:].flatten(), reduction="none")
+    looped = logits[plain:][unlikely].float()
+    target = wanted[unlikely].float().scatter(1, ids[plain:, 1:][unlikely][:, None], -torch.inf).softmax(-1)
+    return (nll.view(plain, -1) * weights).sum() / weights.sum(), functional.cross_entropy(looped, target)
 
 
-def finish(folder: Path, minutes: float, loops: Path, compiled: bool) -> None:
+def finish(folder: Path, minutes: float, loops: Path) -> None:
     """Trains `checkpoint` on and writes `finished`; the budget is wall-clock, the rate falls to nothing at its end."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     tok = tokenizer.load(folder / "data" / "tokenizer")
@@ -138,8 +146,8 @@ def finish(folder: Path, minutes: float, loops: Path, compiled: bool) -> None:
     own, weigh = Loops(loops, tok.eos_token_id, seed=1), Weights(tok)
     valid = {name: np.load(folder / "data" / f"{name}_valid.npy") for name in ("problems", "code")}
     model = LlamaForCausalLM.from_pretrained(folder / "checkpoint", dtype=torch.float32)
+    reference = LlamaForCausalLM.from_pretrained(folder / "checkpoint", dtype=torch.bfloat16)
     optims = pretrain.optimizers(model)
-    compute = torch.compile(losses, dynamic=False) if compiled else losses
 
     def batch() -> tuple[Tensor, Tensor, Tensor]:
         looped, unlikely = own.rows(ROWS["loops"])
@@ -147,14 +155,12 @@ def finish(folder: Path, minutes: float, loops: Path, compiled: bool) -> None:
         plain = torch.cat(corpus_rows)
         return torch.cat([plain, looped]), weigh(plain), unlikely
 
-    torch.stack(compute(model, *batch())).sum().backward()  # compiles before the clock starts
-    model.zero_grad()
     start, step, seen = time.monotonic(), 0, []
     while (spent := (time.monotonic() - start) / (minutes * 60)) < 1:
         for optim, rate in zip(optims, (pretrain.MUON_RATE, pretrain.ADAM_RATE), strict=True):
             for group in optim.param_groups:
                 group["lr"] = rate * RATE * max(0.01, min(1.0, spent / 0.03, 1 - spent))
-        loss, penalty = compute(model, *batch())
+        loss, penalty = losses(model, reference, *batch())
         (loss + penalty).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optim in optims:
@@ -176,4 +182,4 @@ def finish(folder: Path, minutes: float, loops: Path, compiled: bool) -> None:
 if __name__ == "__main__":
     home = Path(".build/embedded")
     data.prepare(home / "data", data.PROBLEM_TOKENS)
-    finish(home, MINUTES, home / "loops.jsonl", compiled=True)
+    finish(home, MINUTES, home / "loops.jsonl")
