@@ -1,8 +1,8 @@
 """The last part of the base's training: arithmetic first, and no loops of its own.
 
 After pre-training the base reads a problem well but miscalculates, and falls into loops in code. Here digits weigh
-more, results of equations most; and in the base's own greedy loops (written by `own_loops`) it learns to say the next best
-thing instead.
+more, results of equations most; and in the base's own greedy loops (written by `own_loops`) it learns to say the next
+best thing instead.
 """
 
 import itertools
