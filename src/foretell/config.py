@@ -102,7 +102,9 @@ class MTPConfig(Config):
     rank: int = option(128, "rank of the LoRA matrices", minimum=1)
     alpha: float = option(256.0, "LoRA scale: the low-rank term is multiplied by alpha / rank", minimum=0.0)
     sampler: str = option(
-        "residual", "sampler head: mlp as in the paper, residual (z + MLP), or none", choices=("mlp", "residual", "none")
+        "residual",
+        "sampler head: residual (z + MLP), mlp as in the paper, or none",
+        choices=("mlp", "residual", "none"),
     )
 
 

@@ -91,4 +91,6 @@ def report(output: str, provenance: dict[str, Any], as_json: bool) -> None:
     typer.echo(f"The adapter is in {output}.")
     if acceptance is not None:
         typer.echo(f"Simulated acceptance: {acceptance:.2f} tokens per step.")
-    typer.echo(f'Next:\n  foretell generate --model {place} --prompt "Once upon a time"\n  foretell bench --model {place}')
+    typer.echo("Next:")
+    typer.echo(f'  foretell generate --model {place} --prompt "Once upon a time"')
+    typer.echo(f"  foretell bench --model {place}")
