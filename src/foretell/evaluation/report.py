@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -111,7 +112,7 @@ def environment(model: MTPForCausalLM) -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": model.source or None,
-        "base": model.base.name,
+        "base": Path(model.base.name).name if Path(model.base.name).is_dir() else model.base.name,
         "base_parameters": sum(p.numel() for p in model.base.lm.parameters()),
         "device": device.type,
         "device_name": name,
