@@ -274,3 +274,13 @@ def test_the_normalised_consistency_loss_ignores_the_scale_of_the_base() -> None
     )
     variance = sum((z[0, :7, d] - z[0, :7, d].mean()).square().mean() for d in range(32)) / 32
     torch.testing.assert_close(normalised, plain / variance)
+
+
+def test_a_training_can_start_from_another(base: str, data: Path, tmp_path: Path) -> None:
+    run(base, data, tmp_path / "first")
+    still = TrainConfig(**{**CONFIG.to_dict(), "lr": 0.0})  # does not move from where it starts
+    run(base, data, tmp_path / "from_first", still, init=tmp_path / "first")
+    run(base, data, tmp_path / "anew", still)
+    assert weights(tmp_path / "from_first") == weights(tmp_path / "first") != weights(tmp_path / "anew")
+    with pytest.raises(ForetellError, match="does not hold the weights"):
+        run(base, data, tmp_path / "other", mtp=MTPConfig(masks=2, rank=4), init=tmp_path / "first")

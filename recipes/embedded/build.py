@@ -103,15 +103,28 @@ def answers_stage(settings: Settings) -> None:
     answers.write_answers(settings.base, settings.folder / "adapter_data")
 
 
-def adapter_stage(settings: Settings) -> None:
+def train_adapter(settings: Settings, data: Path, output: Path, *more: str) -> None:
     """`foretell train`, going on where it was interrupted."""
-    resume = ["--resume"] if (settings.adapter / "checkpoint").exists() else []
-    command = [
-        *("train", "--base", str(settings.base), "--data", str(settings.folder / "adapter_data")),
-        *("--output", str(settings.adapter), "--config", str(ADAPTER_SETTINGS), *resume),
-    ]
-    if code := cli.main(command):
+    resume = ["--resume"] if (output / "checkpoint").exists() else []
+    command = ["train", "--base", str(settings.base), "--data", str(data), "--output", str(output)]
+    if code := cli.main([*command, "--config", str(ADAPTER_SETTINGS), *more, *resume]):
         sys.exit(code)
+
+
+def adapter_stage(settings: Settings) -> None:
+    """The adapter, on problems and code."""
+    train_adapter(settings, settings.folder / "adapter_data", settings.folder / "adapter_first")
+
+
+def code_stage(settings: Settings) -> None:
+    """The same adapter for a while on code alone, which is harder, with some problems so that it forgets nothing."""
+    whole, data = settings.folder / "adapter_data", settings.folder / "adapter_code"
+    data.mkdir(exist_ok=True)
+    shutil.copy(whole / "answers_code.jsonl", data / "answers_code.jsonl")
+    some = (whole / "answers_problems.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:500]
+    (data / "answers_problems.jsonl").write_text("".join(some), encoding="utf-8")
+    first = str(settings.folder / "adapter_first")
+    train_adapter(settings, data, settings.adapter, "--init", first, "--steps", "560", "--lr", "1.5e-3")
 
 
 def install_stage(settings: Settings) -> None:
@@ -134,6 +147,7 @@ STAGES: tuple[tuple[str, Callable[[Settings], None]], ...] = (
     ("evaluate", evaluate_stage),
     ("answers", answers_stage),
     ("adapter", adapter_stage),
+    ("code", code_stage),
     ("install", install_stage),
 )
 

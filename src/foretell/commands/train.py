@@ -30,6 +30,9 @@ def command(
         Path | None, typer.Option(help="YAML file of any of these settings; options win over it", show_default=False)
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the training in --output")] = False,
+    init: Annotated[
+        str | None, typer.Option(help="trained model of the same settings to start from", show_default="anew")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...", show_default="the GPU if any")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
     trust_remote_code: Annotated[
@@ -50,8 +53,8 @@ def command(
     try:
         with Display(settings.steps, console) as display:
             model = train(
-                **places, mtp=mtp, config=settings, resume=resume, device=device, trust_remote_code=trust_remote_code,
-                on_step=display,
+                **places, mtp=mtp, config=settings, resume=resume, init=init, device=device,
+                trust_remote_code=trust_remote_code, on_step=display,
             )  # fmt: skip
     except KeyboardInterrupt:
         if (Path(places["output"]) / "checkpoint").is_dir():

@@ -46,6 +46,7 @@ def train(
     config: TrainConfig | None = None,
     *,
     resume: bool = False,
+    init: str | Path | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
     on_step: OnStep | None = None,
@@ -55,6 +56,7 @@ def train(
     `output/metrics.jsonl` gets a line every `log_every` steps; `output/checkpoint` lets `resume=True` go on to the same
     bits. `on_step` is called before the first step with {"step", "steps", "data"}, after every step with the first
     two, and on logged steps with all metrics.
+    `init` is a trained model of the same settings whose weights to start from.
     Ctrl-C and SIGTERM finish the step, save a checkpoint and raise KeyboardInterrupt.
 
     Raises ForetellError for unusable data, base or settings, and if `output` holds a training and `resume` is off.
@@ -71,6 +73,8 @@ def train(
         )
     torch.manual_seed(config.seed)  # what comes next draws our initial weights
     model = MTPModel(loaded, mtp, checkpoint.load_tokenizer(base, trust_remote_code))
+    if init is not None and not resume:
+        checkpoint.load_weights(model, checkpoint.local_directory(init) / checkpoint.WEIGHTS_FILE)
     corpus = load_corpus(data, model.tokenizer, config.seq_len)
     training = Training(model, corpus, output, config, place, on_step)
     training.source = Path(data).name if Path(data).exists() else str(data)
