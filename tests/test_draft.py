@@ -41,7 +41,7 @@ def test_chain_depends_on_the_token_before() -> None:
 
 
 def test_shortlist_of_one_is_the_base_argmax() -> None:
-    model = tiny_model()
+    model = tiny_model(sampler="mlp")
     latents = torch.randn(1, 4, model.base.d_model, generator=torch.Generator().manual_seed(0))
     first = torch.tensor([3])
     expected = model.base.unembed(latents).argmax(-1)
