@@ -17,7 +17,7 @@ def command(
         int, typer.Option(min=1, max=50, help="prompts shown: school problems and Python functions by turns")
     ] = 5,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="generate at most this many tokens per prompt")] = 128,
-    rounds: Annotated[int, typer.Option(min=1, help="rounds of the measurement at the end")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="rounds of the measurement at the end")] = 1,
     svg: Annotated[Path | None, typer.Option(help="write what is shown to this file too, as a picture")] = None,
     device: DeviceOption = None,
 ) -> None:
