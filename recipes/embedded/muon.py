@@ -34,7 +34,7 @@ class BatchedMuon(torch.optim.Muon):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One update of all matrices."""
         if closure is not None:
-            raise NotImplementedError
+            raise ValueError("BatchedMuon takes no closure")
         for group in self.param_groups:
             shapes: dict[torch.Size, list[Tensor]] = {}
             for p in group["params"]:
