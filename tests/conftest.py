@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 import pytest
 
+# Measured costs of steps go where no other run finds them; emptied with the temporary directory.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="foretell-tests-")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is first imported
 
 

@@ -1,19 +1,23 @@
 """Batches of prompts of different lengths: every row as if it were alone, fp32."""
 
-from typing import Any
+from collections.abc import Sequence
 
 import pytest
 import torch
+from torch import Tensor
 
-from foretell.decoding import loop
+from foretell.config import STRATEGIES, DecodeConfig
 from foretell.decoding.cache import StaticCache
-from foretell.decoding.draft import draft
+from foretell.decoding.draft import SamplerDrafter
+from foretell.decoding.loop import Step, steps
+from foretell.decoding.pick import Picker
+from foretell.decoding.stopping import Stop
 from foretell.decoding.strategies import aligned
 from foretell.errors import ForetellError
 from foretell.layout import Block, Layout, linear, plain, quadratic
 
+from .fitted import fitted
 from .models import CONFIGS, VOCAB, random_prompt, reference, tiny_model
-from .test_lossless import STRATEGIES, fitted
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))
@@ -26,26 +30,45 @@ def test_ragged_batch_of_rejected_drafts(name: str) -> None:
         assert [row.token_ids for row in out] == expected, strategy
 
 
+class EverySecondSpoiled(SamplerDrafter):
+    """Every draft of the prompts with an odd number is wrong."""
+
+    def __call__(
+        self,
+        latents: Tensor,
+        first: Tensor,
+        sequences: Sequence[int],
+        places: Sequence[int],
+        logits: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        drafts, confidences = super().__call__(latents, first, sequences, places, logits)
+        odd = torch.tensor(sequences)[:, None] % 2
+        return (drafts + odd) % VOCAB, confidences
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "gemma3"])
-def test_rows_accept_their_own_number_and_leave_when_they_end(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drafts of every second row are spoiled; each row stops at the end of text where it comes."""
+def test_rows_accept_their_own_number_and_leave_when_they_end(name: str) -> None:
     model, known = fitted(name)
-
-    def spoiled(*args: Any, **kwargs: Any) -> torch.Tensor:
-        drafts = draft(*args, **kwargs)
-        drafts[1::2] = (drafts[1::2] + 1) % VOCAB
-        return drafts
-
-    monkeypatch.setattr(loop, "draft", spoiled)
     prompts = [known[:, start : start + 12] for start in (0, 3, 9, 5)]
-    free = model.generate_batch([prompt[0].tolist() for prompt in prompts], max_new_tokens=50)
-    assert free[0].acceptance_rate > 2 > free[1].acceptance_rate
-    model.base.lm.generation_config.eos_token_id = reference(model.base.lm, known, 30)[20]
+
+    def decode(strategy: str, stop: Stop | None) -> list[list[Step]]:
+        config = DecodeConfig(max_new_tokens=50, strategy=strategy)
+        drafter = EverySecondSpoiled(model, config, Picker(config))
+        done: list[list[Step]] = [[] for _ in prompts]
+        for batch in steps(model, [ids[0] for ids in prompts], config, Picker(config), stop, drafter=drafter):
+            for step in batch:
+                done[step.sequence].append(step)
+        return done
+
+    free = [sum(len(step.tokens) for step in row) / len(row) for row in decode("quadratic", None)]
+    assert free[0] > 2 > free[1]
+    end = reference(model.base.lm, known, 30)[20]
+    model.base.lm.generation_config.eos_token_id = end
     expected = [reference(model.base.lm, prompt, 50) for prompt in prompts]
     assert len({len(row) for row in expected}) > 1  # they do not end together
-    for strategy in ("linear", "quadratic"):
-        out = model.generate_batch([prompt[0].tolist() for prompt in prompts], max_new_tokens=50, strategy=strategy)
-        assert [row.token_ids for row in out] == expected
+    for strategy in STRATEGIES:
+        rows = decode(strategy, Stop([end]))
+        assert [[token for step in row for token in step.tokens] for row in rows] == expected, strategy
 
 
 def test_empty_batch_is_refused() -> None:

@@ -29,13 +29,13 @@ def test_chain_equals_the_plain_reading(name: str, sampler: str) -> None:
         first = torch.tensor(seed)
         expected = plain_chain(model, latents, first)
         for shortlist in (0, VOCAB, 10**6):
-            assert draft(model, latents[None], first[None], shortlist=shortlist).tolist() == [expected]
+            assert draft(model, latents[None], first[None], shortlist=shortlist)[0].tolist() == [expected]
 
 
 def test_chain_depends_on_the_token_before() -> None:
     model = tiny_model()
     latents = torch.randn(4, model.base.d_model, generator=torch.Generator().manual_seed(0))
-    chains = draft(model, latents.expand(30, -1, -1), torch.arange(30)).tolist()  # a batch with one token each
+    chains = draft(model, latents.expand(30, -1, -1), torch.arange(30))[0].tolist()  # a batch with one token each
     assert len({tuple(chain) for chain in chains}) > 1
     assert chains == [plain_chain(model, latents, torch.tensor(first)) for first in range(30)]
 
@@ -45,9 +45,35 @@ def test_shortlist_of_one_is_the_base_argmax() -> None:
     latents = torch.randn(1, 4, model.base.d_model, generator=torch.Generator().manual_seed(0))
     first = torch.tensor([3])
     expected = model.base.unembed(latents).argmax(-1)
-    assert torch.equal(draft(model, latents, first, shortlist=1), expected)
-    assert torch.equal(draft(model, latents, first, use_sampler=False), expected)
-    assert not torch.equal(draft(model, latents, first), expected)
+    assert torch.equal(draft(model, latents, first, shortlist=1)[0], expected)
+    assert torch.equal(draft(model, latents, first, use_sampler=False)[0], expected)
+    assert not torch.equal(draft(model, latents, first)[0], expected)
+
+
+@pytest.mark.parametrize("use_sampler", [True, False])
+def test_logits_read_along_change_nothing(use_sampler: bool) -> None:
+    model = tiny_model()
+    latents = torch.randn(3, 4, model.base.d_model, generator=torch.Generator().manual_seed(0))
+    first, logits = torch.tensor([3, 4, 5]), model.base.unembed(latents)
+    read = draft(model, latents, first, use_sampler, shortlist=5, logits=logits)[0]
+    assert torch.equal(read, draft(model, latents, first, use_sampler, shortlist=5)[0])
+
+
+@pytest.mark.parametrize("shortlist", [0, VOCAB])
+@pytest.mark.parametrize("use_sampler", [True, False])
+def test_confidence_is_the_drafts_own_probability(use_sampler: bool, shortlist: int) -> None:
+    model = tiny_model()
+    latents = torch.randn(1, 4, model.base.d_model, generator=torch.Generator().manual_seed(0))
+    first = torch.tensor([3])
+    drafts, confidences = draft(model, latents, first, use_sampler, shortlist, confident=True)
+    assert confidences is not None and draft(model, latents, first, use_sampler, shortlist)[1] is None
+    before = [int(first), *drafts[0].tolist()]
+    for mask, (token, confidence) in enumerate(zip(drafts[0].tolist(), confidences[0].tolist(), strict=True)):
+        latent = latents[0, mask]
+        if use_sampler:
+            assert model.sampler is not None
+            latent = model.sampler(model.base.embed(torch.tensor(before[mask])), latent)
+        assert confidence == pytest.approx(float(model.base.unembed(latent).softmax(-1)[token]), abs=1e-6)
 
 
 def test_shortlist_never_changes_the_output() -> None:

@@ -1,36 +1,127 @@
 """`base.generate(custom_generate=...)`: transformers' own call, our steps, the same ids."""
 
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
+from transformers import StoppingCriteriaList, StopStringCriteria
+from transformers.generation import GenerateDecoderOnlyOutput
 
+from foretell.decoding.generate import MTPForCausalLM
 from foretell.errors import ForetellError
 
-from .models import random_prompt, tiny_lm
-from .test_lossless import fitted
+from .fitted import fitted
+from .models import tiny_lm
+from .test_stopping import syllable_tokenizer
+from .test_streaming import Recorder
+
+Known = tuple[MTPForCausalLM, Tensor]
 
 
-def test_greedy_batches_padded_on_the_left() -> None:
-    model, known = fitted("llama")
+@pytest.fixture(scope="module")
+def trained() -> Known:
+    return fitted("llama")
+
+
+@pytest.fixture
+def known(trained: Known) -> Iterator[Known]:
+    """A model whose drafts hold and its prompt; the base's generation config is put back afterwards."""
+    lm = trained[0].base.lm
+    kept = lm.generation_config.to_dict()
+    yield trained
+    lm.generation_config.update(**kept)
+
+
+def padded_batch(model: MTPForCausalLM, prompt: Tensor) -> dict[str, Any]:
+    """Two prompts of different lengths, which do not end together."""
     lm = model.base.lm
-    lm.generation_config.update(eos_token_id=lm.generate(known, max_new_tokens=15)[0, -1].item(), pad_token_id=0)
-    short = random_prompt(9, seed=3)
-    ids = torch.cat([known, torch.nn.functional.pad(short, (known.shape[1] - 9, 0))])
+    short = prompt[:, 5:14]  # it goes on elsewhere in the phrase that the model knows
+    ids = torch.cat([prompt, torch.nn.functional.pad(short, (prompt.shape[1] - 9, 0))])
     real = torch.ones_like(ids)
-    real[1, : known.shape[1] - 9] = 0
+    real[1, : prompt.shape[1] - 9] = 0
     inputs = {"input_ids": ids, "attention_mask": real, "max_new_tokens": 40, "do_sample": False}
+    first, second = lm.generate(**inputs, repetition_penalty=1.05)[:, prompt.shape[1] :].tolist()
+
+    def lead(token: int) -> int:
+        """By how many tokens one of the two ends sooner."""
+        return abs((*first, token).index(token) - (*second, token).index(token))
+
+    eos = max(first + second, key=lead)
+    lm.generation_config.update(eos_token_id=eos, pad_token_id=0)
+    return inputs
+
+
+def test_greedy_batches_padded_on_the_left(known: Known) -> None:
+    model, prompt = known
+    lm, inputs = model.base.lm, padded_batch(model, prompt)
     expected = lm.generate(**inputs, repetition_penalty=1.05)
     got = lm.generate(**inputs, repetition_penalty=1.05, custom_generate=model.custom_generate, strategy="linear")
     assert got.tolist() == expected.tolist()
 
 
-def test_sampling_follows_the_global_seed_and_the_warpers() -> None:
-    model, known = fitted("llama")
+@pytest.mark.parametrize("wanted", [("scores", "logits"), ("scores",), ()])
+def test_scores_and_logits_in_transformers_own_output(known: Known, wanted: tuple[str, ...]) -> None:
+    model, prompt = known
+    lm, inputs = model.base.lm, padded_batch(model, prompt) | {"return_dict_in_generate": True}
+    inputs |= {f"output_{name}": True for name in wanted}
+    expected = lm.generate(**inputs, repetition_penalty=1.05)
+    got = lm.generate(**inputs, repetition_penalty=1.05, custom_generate=model.custom_generate)
+    assert isinstance(got, GenerateDecoderOnlyOutput)
+    assert got.sequences.tolist() == expected.sequences.tolist()
+    eos, new = lm.generation_config.eos_token_id, got.sequences[:, prompt.shape[1] :].tolist()
+    ends = [row.index(eos) + 1 if eos in row else len(row) for row in new]
+    assert min(ends) < max(ends)
+    for name in ("scores", "logits"):
+        own, theirs = getattr(got, name), getattr(expected, name)
+        assert (own is None) == (theirs is None) == (name not in wanted)
+        if own is None:
+            continue
+        assert len(own) == len(theirs) == max(ends)
+        for place, (mine, other) in enumerate(zip(own, theirs, strict=True)):
+            assert mine.shape == other.shape and mine.dtype == other.dtype
+            for row in (0, 1):
+                wanted_row = other[row] if place < ends[row] else torch.zeros_like(other[row])
+                torch.testing.assert_close(mine[row], wanted_row, atol=1e-4, rtol=0)
+    if "scores" in wanted:
+        assert lm.compute_transition_scores(got.sequences, got.scores, normalize_logits=True).isfinite().all()
+
+
+def test_stop_strings_as_a_criterion(known: Known) -> None:
+    model, prompt = known
+    tokenizer = syllable_tokenizer()
+    call = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 40, "do_sample": False}
+    text = tokenizer.decode(model.base.lm.generate(prompt, **call)[0, prompt.shape[1] :])
+    expected = model.base.lm.generate(prompt, **call, stop_strings=[text[15:20]], tokenizer=tokenizer)
+    criteria = StoppingCriteriaList([StopStringCriteria(tokenizer, [text[15:20]])])
+    got = model.base.lm.generate(prompt, **call, stopping_criteria=criteria, custom_generate=model.custom_generate)
+    assert got.tolist() == expected.tolist() and prompt.shape[1] + 1 < got.shape[1] < prompt.shape[1] + 40
+
+
+def test_a_streamer_is_bound_and_gets_what_transformers_would_put(known: Known) -> None:
+    model, prompt = known
+    theirs, ours, unused = Recorder(), Recorder(), Recorder()
+    call = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 20, "do_sample": False}
+    model.base.lm.generate(prompt, **call, streamer=theirs)
+    model.base.lm.generate(prompt, **call, custom_generate=partial(model.custom_generate, streamer=ours))
+    assert ours.calls == theirs.calls and ours.calls[-1] == "end" and len(ours.calls) == 22
+    with pytest.raises(ForetellError, match="one prompt, not a batch of 2"):
+        model.base.lm.generate(
+            **padded_batch(model, prompt), custom_generate=partial(model.custom_generate, streamer=unused)
+        )
+    assert unused.calls == ["end"]
+
+
+def test_sampling_follows_the_global_seed_and_the_warpers(known: Known) -> None:
+    model, prompt = known
     texts = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
         out = model.base.lm.generate(
-            known,
-            attention_mask=torch.ones_like(known),
+            prompt,
+            attention_mask=torch.ones_like(prompt),
             max_new_tokens=30,
             do_sample=True,
             temperature=3.0,
@@ -39,13 +130,17 @@ def test_sampling_follows_the_global_seed_and_the_warpers() -> None:
         )
         texts.append(out[0].tolist())
     assert texts[0] == texts[1] != texts[2]
-    assert texts[0][: known.shape[1]] == known[0].tolist() and len(texts[0]) == known.shape[1] + 30
+    assert texts[0][: prompt.shape[1]] == prompt[0].tolist() and len(texts[0]) == prompt.shape[1] + 30
 
 
-def test_what_it_cannot_do_is_refused() -> None:
-    model, known = fitted("llama")
-    call = {"attention_mask": torch.ones_like(known), "max_new_tokens": 4, "custom_generate": model.custom_generate}
+def test_what_it_cannot_do_is_refused(known: Known) -> None:
+    model, prompt = known
+    call = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 4, "custom_generate": model.custom_generate}
     with pytest.raises(ForetellError, match="belongs to the base"):
-        tiny_lm().generate(known, **call)
+        tiny_lm().generate(prompt, **call)
     with pytest.raises(ForetellError, match="not by MaxTimeCriteria"):
-        model.base.lm.generate(known, max_time=1.0, **call)
+        model.base.lm.generate(prompt, max_time=1.0, **call)
+    with pytest.raises(ForetellError, match="leave out beams"):
+        model.base.lm.generate(prompt, num_beams=2, **call)
+    with pytest.raises(ForetellError, match="leave out output_attentions"):
+        model.base.lm.generate(prompt, return_dict_in_generate=True, output_hidden_states=True, **call)

@@ -1,5 +1,6 @@
 """Checkpoints: `foretell.json` + `foretell.safetensors` + a model card in a directory or Hub repository.
 
+A `custom_generate` folder beside them lets transformers' own `generate()` use the adapter from there.
 Not the PEFT layout on purpose: `PeftModel.from_pretrained` would apply the adapter to every token and change answers.
 """
 
@@ -21,6 +22,7 @@ from foretell.errors import ForetellError
 from foretell.model import MTPModel
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "foretell.json", "foretell.safetensors", "README.md"
+CUSTOM_GENERATE = "custom_generate"  # a folder that transformers knows by this name
 FORMAT = 1
 M = TypeVar("M", bound=MTPModel)
 
@@ -44,6 +46,10 @@ def save(model: MTPModel, directory: str | Path, *, dtype: torch.dtype | None = 
     }
     write_text(json.dumps(description, indent=2, default=str) + "\n", directory / CONFIG_FILE)
     write_text(model_card(description), directory / CARD_FILE)
+    (directory / CUSTOM_GENERATE).mkdir(exist_ok=True)
+    for file in ("generate.py", "requirements.txt"):
+        text = (Path(__file__).parent / "assets" / CUSTOM_GENERATE / file).read_text(encoding="utf-8")
+        write_text(text, directory / CUSTOM_GENERATE / file)
     return directory
 
 
@@ -70,13 +76,18 @@ def load(
     else:
         tokenizer_source = base.name
     if base.fingerprint() != description["base_fingerprint"]:
+        given = base.name or "this model"
         raise ForetellError(
-            f"the adapter in {source} was trained for {description['base']} and does not fit {base.name}: "
+            f"the adapter in {source} was trained for {description['base']} and does not fit {given}: "
             "their weights differ; give the right base with --base, or train an adapter for this one"
         )
     config = MTPConfig.from_dict(description["config"])
     model = cls(base, config, load_tokenizer(tokenizer_source, trust_remote_code), check=check)
-    load_weights(model, directory / WEIGHTS_FILE)
+    try:
+        load_weights(model, directory / WEIGHTS_FILE)
+    except ForetellError:
+        model.adapter.remove()  # a base that was given goes on without us
+        raise
     model.provenance = description.get("provenance", {})
     return model
 
@@ -93,8 +104,8 @@ def load_weights(model: MTPModel, path: Path) -> None:
         parameter.data.copy_(weights[name])
 
 
-def local_directory(source: str | Path) -> Path:
-    """The directory itself, or a snapshot of the Hub repository called so."""
+def local_directory(source: str | Path, **download: Any) -> Path:
+    """The directory itself, or a snapshot of the Hub repository called so; `download` are snapshot_download's."""
     path = Path(source)
     if path.is_dir():
         return path
@@ -103,7 +114,7 @@ def local_directory(source: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(source), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+        return Path(snapshot_download(str(source), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE], **download))
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
         raise ForetellError(f"there is no model at {source}, here or on the Hub ({reason})") from error
@@ -178,7 +189,8 @@ def _replace(path: Path, write: Any) -> None:
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         raise ForetellError(
-            f"{path} could not be written ({error}); free some space or give another directory; nothing was lost"
+            f"{path} could not be written ({error}); free some space or give another directory; "
+            "what was saved before is whole"
         ) from error
 
 
@@ -202,6 +214,12 @@ import foretell
 
 model = foretell.load("THIS_DIRECTORY_OR_REPOSITORY")
 print(model.generate("...", max_new_tokens=128).text)
+```
+
+Or, where foretell is installed, from the base's own `generate()` in transformers:
+
+```python
+base.generate(**inputs, custom_generate="THIS_DIRECTORY_OR_REPOSITORY", trust_remote_code=True)
 ```
 
 **The adapter must stay gated.** It acts on mask tokens only; merging it or loading it as an ordinary LoRA changes the

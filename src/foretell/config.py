@@ -57,33 +57,46 @@ class Config:
         if missing:
             raise ForetellError(f"{cls.__name__} needs {', '.join(missing)}")
         hints = typing.get_type_hints(cls)
-        # YAML reads 2e-4 and 3 as str and int where a float is meant; numbers are converted, nothing else is.
-        return cls(**{key: _as_number(value, hints[key]) for key, value in values.items()})
+        return cls(**{key: _as_meant(value, hints[key]) for key, value in values.items()})
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
 
-def _as_number(value: Any, hint: Any) -> Any:
-    wants_float = hint is float or float in typing.get_args(hint)
-    if wants_float and isinstance(value, (str, int)) and not isinstance(value, bool):
+def _as_meant(value: Any, hint: Any) -> Any:
+    """Numbers that YAML reads as str (2e-4) or int where a float is meant, and lists, or one item, where a tuple is."""
+    options = _options(hint)
+    if float in options and isinstance(value, (str, int)) and not isinstance(value, bool):
         try:
             return float(value)
         except ValueError:
             return value
+    if any(typing.get_origin(kind) is tuple for kind in options) and value is not None:
+        return tuple(value) if isinstance(value, (list, tuple)) else (value,)
     return value
 
 
 def _check_type(name: str, value: Any, hint: Any) -> None:
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    for kind in options:
-        kind = typing.get_origin(kind) or kind
-        if isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool):
-            return
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            return
-    wanted = " or ".join("nothing" if kind is type(None) else getattr(kind, "__name__", str(kind)) for kind in options)
-    raise ForetellError(f"{name} must be {wanted}, not {value!r}")
+    if not any(_is_a(value, kind) for kind in _options(hint)):
+        raise ForetellError(f"{name} must be {' or '.join(map(_in_words, _options(hint)))}, not {value!r}")
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_is_a(item, typing.get_args(kind)[0]) for item in value)
+    if isinstance(value, bool):  # Python counts it among the integers
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _in_words(kind: Any) -> str:
+    if typing.get_origin(kind) is tuple:
+        return f"a list of {typing.get_args(kind)[0].__name__}"
+    return "nothing" if kind is type(None) else kind.__name__
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +150,8 @@ class TrainConfig(Config):
     evaluate_every: int = option(200, "steps between measurements on held-out text", minimum=1)
 
 
-STRATEGIES = ("autoregressive", "linear", "quadratic")
+NEW_TOKENS = 128  # unless a length is given
+STRATEGIES = ("autoregressive", "linear", "quadratic", "adaptive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,8 +160,22 @@ class DecodeConfig(Config):
 
     title: ClassVar[str] = "Decoding"
 
-    max_new_tokens: int = option(128, "generate at most this many tokens", minimum=1)
-    strategy: str = option("quadratic", "which layout every step uses", choices=STRATEGIES)
+    max_new_tokens: int | None = option(
+        None, f"generate at most this many tokens [{NEW_TOKENS}, unless max_length is given]", minimum=1
+    )
+    max_length: int | None = option(
+        None, "prompt and new tokens together, at most; with max_new_tokens the smaller of the two holds", minimum=1
+    )
+    stop: tuple[str, ...] = option(
+        (), "end with the token that completes this text, which is kept; may be given several times"
+    )
+    eos_token_id: tuple[int, ...] | None = option(
+        None, "end at this token id [the base's own end of text]; may be given several times"
+    )
+    ignore_eos: bool = option(False, "go on past the end of text")
+    strategy: str = option(
+        "adaptive", "which layout a step uses; adaptive picks it by cost and confidence", choices=STRATEGIES
+    )
     masks: int | None = option(None, "masks per block, 1 up to the k the adapter was trained with [that k]", minimum=1)
     use_sampler: bool = option(True, "draft with the sampler head; off: drafts are the base's argmax at each mask")
     temperature: float = option(0.0, "0 is greedy; above, tokens are drawn from the base's distribution", minimum=0.0)
@@ -161,8 +189,21 @@ class DecodeConfig(Config):
     drafts: str = option(
         "best", "when drawing: draft the likeliest token, or draw drafts too", choices=("best", "drawn")
     )
-    shortlist: int = option(
-        0,
-        "tokens per mask that the sampler head chooses among, those the base likes best; 0: the whole vocabulary",
+    shortlist: int | None = option(
+        None,
+        "tokens per mask that the sampler head chooses among, those the base likes best; 0: the whole vocabulary "
+        "[64 for vocabularies of 16384 and more, else 0]",
         minimum=0,
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if "" in self.stop:
+            raise ForetellError("stop must hold no empty text, which would end every output at once; leave it out")
+
+    def new_tokens(self, prompt_tokens: int) -> int:
+        """How many tokens a prompt of that length may get at most; not above 0 if it is at max_length already."""
+        if self.max_length is None:
+            return NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens
+        room = self.max_length - prompt_tokens
+        return room if self.max_new_tokens is None else min(room, self.max_new_tokens)

@@ -2,18 +2,89 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from foretell.config import DecodeConfig
+from foretell.decoding.pick import Picker
 from foretell.model import MTPModel
 
 
 def largest(scores: Tensor, mask: int) -> Tensor:
     """(B, V or m) -> (B,): the likeliest token."""
     return scores.argmax(-1)
+
+
+LARGE_VOCABULARY, SHORTLIST = 16384, 64
+ALONG = 2  # blocks' worth of masks
+
+
+class Drafter(Protocol):
+    """Where drafts come from: normally `SamplerDrafter`; a benchmark may bring its own."""
+
+    def __call__(
+        self,
+        latents: Tensor,
+        first: Tensor,
+        sequences: Sequence[int],
+        places: Sequence[int],
+        logits: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """latents (B, K, D) of a block each, the token before it, first (B,) -> drafts (B, K) int64, confidences.
+
+        logits (B, K, V) are the base's at the masks, where the step has read them already (see `reads_along`). Draft j
+        of row b, from 0, is for new token number `places[b]` + j of prompt number `sequences[b]`. Confidences
+        (B, K) fp32 in 0..1 are how sure the drafter is of each draft if the ones before it hold; None if nobody asks.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class SamplerDrafter:
+    """Drafts by the model's own masks and sampler head, in the manner of `config`."""
+
+    model: MTPModel
+    config: DecodeConfig
+    picker: Picker
+
+    def __call__(
+        self,
+        latents: Tensor,
+        first: Tensor,
+        sequences: Sequence[int],
+        places: Sequence[int],
+        logits: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        choose = largest
+        if self.picker.draws_drafts:
+            # In the race in which the base will pick.
+            def choose(scores: Tensor, mask: int) -> Tensor:
+                return self.picker.pick(scores, list(sequences), [place + mask for place in places])
+
+        shortlist = shortlist_size(self.model, self.config.shortlist)
+        confident = self.config.strategy == "adaptive"
+        return draft(self.model, latents, first, self.config.use_sampler, shortlist, choose, confident, logits)
+
+
+def shortlist_size(model: MTPModel, shortlist: int | None) -> int:
+    """None: short where reading the unembedding costs more than a step's overhead, in large vocabularies."""
+    if shortlist is None:
+        return SHORTLIST if model.base.vocab_size >= LARGE_VOCABULARY else 0
+    return shortlist
+
+
+def reads_along(model: MTPModel, config: DecodeConfig, masks: int) -> bool:
+    """Whether a step that hangs so many masks reads their logits along with those of the regular rows.
+
+    One read of the unembedding then serves both. With more masks the rows that do not survive would cost more.
+    """
+    wanted = shortlist_size(model, config.shortlist) or model.sampler is None or not config.use_sampler
+    return bool(wanted) and masks <= ALONG * (config.masks or model.max_masks)
 
 
 def draft(
@@ -23,47 +94,64 @@ def draft(
     use_sampler: bool = True,
     shortlist: int = 0,
     choose: Callable[[Tensor, int], Tensor] = largest,
-) -> Tensor:
+    confident: bool = False,
+    logits: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """latents (B, K, D) of a block each and the token before it, first (B,) int64 -> drafts (B, K) int64.
 
     With the sampler each draft is conditioned on the one before; the chain starts from the base's own token. Without
-    it every draft is the base's argmax at its mask.
+    it every draft is the base's argmax at its mask. If `confident`, with the drafts' own probabilities (B, K) fp32.
 
     The exact chain reads the whole unembedding K times in a row. With `shortlist` m it is read once, for all masks
     together, and the sampler chooses among the m tokens that the base likes best at each mask: cheaper, and different
     only where the sampler's choice is not among them. Either way it concerns drafts alone, never the output.
 
-    `choose` takes scores (B, V), where the shortlist leaves out a token -inf, and the mask's number from 0.
+    `choose` takes scores (B, V), where the shortlist leaves out a token -inf, and the mask's number from 0. `logits`
+    (B, K, V) are the base's at the masks if they were read before.
     """
+    drafts: list[Tensor] = []
+    confidences: list[Tensor] = []
+
+    def take(scores: Tensor, mask: int, tokens: Tensor | None = None) -> None:
+        """From scores (B, V), or (B, m) of `tokens` (B, m)."""
+        index = choose(scores, mask)[:, None]
+        drafts.append((index if tokens is None else tokens.gather(1, index))[:, 0])
+        if confident:
+            chosen = scores.gather(1, index)[:, 0].float()
+            confidences.append((chosen - scores.float().logsumexp(-1)).exp())
+
     sampler = model.sampler
     if sampler is None or not use_sampler:
-        scores = model.base.unembed(latents)
-        return torch.stack([choose(scores[:, mask], mask) for mask in range(latents.shape[1])], dim=1)
-    # The first linear reads [E_y; z]. Its z half needs no token, so it is done for all masks at once.
-    of_token, of_latent = sampler.first.weight.split([sampler.d_embedding, latents.shape[-1]], dim=1)
-    halves = F.linear(latents, of_latent, sampler.first.bias)
-    short = Shortlist(model, latents, shortlist) if shortlist and isinstance(model.base.head, nn.Linear) else None
-    drafts = []
-    token = first
-    for mask in range(latents.shape[1]):
-        hidden = halves[:, mask] + F.linear(model.base.embed(token), of_token)
-        sampled = sampler.finish(hidden, latents[:, mask])  # (B, D)
-        if short is None:
-            token = choose(model.base.unembed(sampled), mask)
-        elif choose is largest:
-            token = short.tokens[:, mask].gather(1, short.scores(sampled, mask).argmax(-1, keepdim=True))[:, 0]
-        else:
-            token = choose(short.all_scores(sampled, mask), mask)
-        drafts.append(token)
-    return torch.stack(drafts, dim=1)
+        scores = model.base.unembed(latents) if logits is None else logits
+        for mask in range(latents.shape[1]):
+            take(scores[:, mask], mask)
+    else:
+        # The first linear reads [E_y; z]. Its z half needs no token, so it is done for all masks at once.
+        of_token, of_latent = sampler.first.weight.split([sampler.d_embedding, latents.shape[-1]], dim=1)
+        halves = F.linear(latents.flatten(0, 1), of_latent, sampler.first.bias).view(*latents.shape[:2], -1)
+        short = None
+        if shortlist and isinstance(model.base.head, nn.Linear):
+            short = Shortlist(model, model.base.unembed(latents) if logits is None else logits, shortlist)
+        token = first
+        for mask in range(latents.shape[1]):
+            hidden = halves[:, mask] + F.linear(model.base.embed(token), of_token)
+            sampled = sampler.finish(hidden, latents[:, mask])  # (B, D)
+            if short is None:
+                take(model.base.unembed(sampled), mask)
+            elif choose is largest:
+                take(short.scores(sampled, mask), mask, short.tokens[:, mask])
+            else:
+                take(short.all_scores(sampled, mask), mask)
+            token = drafts[-1]
+    return torch.stack(drafts, dim=1), torch.stack(confidences, dim=1) if confident else None
 
 
 class Shortlist:
     """The m tokens that the base likes best at each mask, and the rows of the unembedding that score them."""
 
-    def __init__(self, model: MTPModel, latents: Tensor, m: int) -> None:
+    def __init__(self, model: MTPModel, logits: Tensor, m: int) -> None:
         self.vocab = model.base.vocab_size
-        self.tokens = model.base.unembed(latents).topk(min(m, self.vocab), sorted=False).indices  # (B, K, m)
+        self.tokens = logits.topk(min(m, self.vocab), sorted=False).indices  # (B, K, m)
         self.rows = model.base.head.weight[self.tokens]  # (B, K, m, D)
         self.bias = None if model.base.head.bias is None else model.base.head.bias[self.tokens]
 

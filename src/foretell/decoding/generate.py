@@ -5,47 +5,30 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput
 
 from foretell import checkpoint
 from foretell.base import Base
 from foretell.config import DTYPES, DecodeConfig
 from foretell.decoding import hook, loop
+from foretell.decoding.generation import Generation, repeated_ngram_share
 from foretell.decoding.loop import Step
 from foretell.decoding.pick import Picker
+from foretell.decoding.scores import scores_and_logits
+from foretell.decoding.stopping import Stop, StopStrings
+from foretell.decoding.streaming import Streamer, ended, streamed
+from foretell.decoding.text import TextStream
 from foretell.errors import ForetellError
 from foretell.model import MTPModel
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "embedded" / "adapter"
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What was generated and what it took. `acceptance_rate` is tokens per model step, prefill not counted."""
-
-    text: str
-    token_ids: list[int]
-    prompt_tokens: int
-    new_tokens: int
-    steps: int
-    acceptance_rate: float
-    acceptance_rate_with_prefill: float
-    acceptance_histogram: list[int]  # [h]: steps that yielded h + 1 tokens
-    repeated_4gram_share: float
-    seconds: float
-    tokens_per_second: float
-    strategy: str
-    masks: int
-    model: str
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class MTPForCausalLM(MTPModel):
@@ -97,17 +80,22 @@ class MTPForCausalLM(MTPModel):
         input_ids: Tensor | Sequence[int] | None = None,
         chat: bool = False,
         logits_processor: LogitsProcessorList | None = None,
+        streamer: Streamer | None = None,
+        return_scores: bool = False,
         **settings: Any,
     ) -> Generation:
         """The base's continuation of a prompt, several tokens per step: greedy, or drawn when `temperature` is given.
 
         Give a text, or input_ids ((n,) or (1, n)). `chat` puts the text through the base's chat template. Settings are
-        the fields of `DecodeConfig`: max_new_tokens, strategy, masks, temperature, ... `logits_processor` are further
-        processors of transformers' kind, applied to the base's logits as its own `generate()` does.
+        the fields of `DecodeConfig`: max_new_tokens, stop, strategy, masks, temperature, ... `logits_processor` are
+        further processors of transformers' kind, applied to the base's logits as its own `generate()` does. `streamer`
+        is one of transformers' and is ended even if an error comes. With `return_scores` the result has scores, logits.
         Raises ForetellError for bad settings and for a prompt that does not fit the base's context.
         """
-        ids = self.encode(prompt, input_ids, chat)
-        return self._generate([ids], self.decode_config(settings), logits_processor)[0]
+        with ended(streamer):
+            ids = self.encode(prompt, input_ids, chat)
+            config = self.decode_config(settings)
+            return self._generate([ids], config, logits_processor, return_scores, streamer)[0]
 
     def generate_batch(
         self,
@@ -115,6 +103,7 @@ class MTPForCausalLM(MTPModel):
         *,
         chat: bool = False,
         logits_processor: LogitsProcessorList | None = None,
+        return_scores: bool = False,
         **settings: Any,
     ) -> list[Generation]:
         """Several prompts side by side, texts or token ids of any lengths, each as `generate` would continue it alone.
@@ -124,7 +113,7 @@ class MTPForCausalLM(MTPModel):
         if not prompts:
             raise ForetellError("the batch is empty; give at least one prompt")
         ids = [self.encode(p, chat=chat) if isinstance(p, str) else self.encode(None, p) for p in prompts]
-        return self._generate(ids, self.decode_config(settings), logits_processor)
+        return self._generate(ids, self.decode_config(settings), logits_processor, return_scores)
 
     def custom_generate(
         self,
@@ -133,13 +122,15 @@ class MTPForCausalLM(MTPModel):
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
+        streamer: Streamer | None = None,
         strategy: str | None = None,
         masks: int | None = None,
         **model_kwargs: Any,
-    ) -> Tensor:
+    ) -> Tensor | GenerateDecoderOnlyOutput:
         """For the base's own `generate(**inputs, custom_generate=model.custom_generate)`; batches too, padded left.
 
-        transformers calls this with what it has prepared; `strategy` and `masks` may be given to `generate()`.
+        transformers calls this with what it has prepared; `strategy` and `masks` may be given to `generate()`. It keeps
+        the streamer to itself, so bind one: `custom_generate=functools.partial(model.custom_generate, streamer=s)`.
         """
         settings = {"strategy": strategy, "masks": masks}
         return hook.generate(
@@ -150,19 +141,30 @@ class MTPForCausalLM(MTPModel):
             stopping_criteria,
             generation_config,
             model_kwargs.get("attention_mask"),
+            streamer,
             settings,
         )
 
     def _generate(
-        self, ids: Sequence[Tensor], config: DecodeConfig, processors: LogitsProcessorList | None
+        self,
+        ids: Sequence[Tensor],
+        config: DecodeConfig,
+        processors: LogitsProcessorList | None,
+        return_scores: bool,
+        streamer: Streamer | None = None,
     ) -> list[Generation]:
+        picker = Picker(config, processors)
         done: list[list[Step]] = [[] for _ in ids]
         start = time.perf_counter()
-        for steps in self._steps(ids, config, processors):
+        for steps in streamed(streamer, ids[0], self._steps(ids, config, picker, return_scores)):
             for step in steps:
                 done[step.sequence].append(step)
         seconds = time.perf_counter() - start
-        return [self.account(own, i.shape[1], seconds, config) for own, i in zip(done, ids, strict=True)]
+        generations = [self.account(own, i.shape[1], seconds, config) for own, i in zip(done, ids, strict=True)]
+        if not return_scores:
+            return generations
+        pairs = [scores_and_logits(picker, i[0], own) for own, i in zip(done, ids, strict=True)]
+        return [replace(g, scores=pair[0], logits=pair[1]) for g, pair in zip(generations, pairs, strict=True)]
 
     def steps(
         self,
@@ -176,20 +178,54 @@ class MTPForCausalLM(MTPModel):
         """As `generate`, but yields every step as it is done: its tokens and their origin (base or draft)."""
         # Checked here, not at the first next(): a bad prompt should raise where it was given.
         ids = self.encode(prompt, input_ids, chat)
-        batch = self._steps([ids], self.decode_config(settings), logits_processor)
+        config = self.decode_config(settings)
+        batch = self._steps([ids], config, Picker(config, logits_processor))
         return (step for (step,) in batch)
 
+    def stream(
+        self,
+        prompt: str | None = None,
+        *,
+        input_ids: Tensor | Sequence[int] | None = None,
+        chat: bool = False,
+        logits_processor: LogitsProcessorList | None = None,
+        **settings: Any,
+    ) -> Iterator[str]:
+        """As `generate`, but yields the text piece by piece as it is decided; together they are the whole text."""
+        if self.tokenizer is None:
+            raise ForetellError(f"the base {self.base.name} has no tokenizer to stream text with; use steps()")
+        ids = self.encode(prompt, input_ids, chat)
+        steps = self.steps(input_ids=ids, logits_processor=logits_processor, **settings)
+        return TextStream(self.tokenizer, ids[0].tolist()).pieces(token for step in steps for token in step.tokens)
+
     def _steps(
-        self, ids: Sequence[Tensor], config: DecodeConfig, processors: LogitsProcessorList | None
+        self, ids: Sequence[Tensor], config: DecodeConfig, picker: Picker, keep_logits: bool = False
     ) -> Iterator[list[Step]]:
-        limit, longest = self.base.max_positions, max(sequence.shape[1] for sequence in ids)
-        if limit is not None and longest + config.max_new_tokens > limit:
+        for prompt_tokens in {sequence.shape[1] for sequence in ids}:
+            self._check_lengths(prompt_tokens, config)
+        prompts = [sequence[0] for sequence in ids]
+        return loop.steps(self, prompts, config, picker, self._stop(config), keep_logits=keep_logits)
+
+    def _check_lengths(self, prompt_tokens: int, config: DecodeConfig) -> None:
+        new, limit = config.new_tokens(prompt_tokens), self.base.max_positions
+        if new < 1:
             raise ForetellError(
-                f"the prompt is too long: {longest} tokens and {config.max_new_tokens} new ones exceed the base's "
-                f"context of {limit}; shorten the prompt or lower max_new_tokens"
+                f"the prompt leaves no room: it has {prompt_tokens} tokens and max_length is {config.max_length}; "
+                "shorten the prompt or raise max_length"
             )
-        picker = Picker(config, processors)
-        return loop.steps(self, [sequence[0] for sequence in ids], config, picker, self.stop_ids())
+        if limit is not None and prompt_tokens + new > limit:
+            setting = "max_new_tokens" if config.max_length is None else "max_length"
+            raise ForetellError(
+                f"the prompt is too long: {prompt_tokens} tokens and {new} new ones exceed the base's context of "
+                f"{limit}; shorten the prompt or lower {setting}"
+            )
+
+    def _stop(self, config: DecodeConfig) -> Stop:
+        ids = self.stop_ids() if config.eos_token_id is None else config.eos_token_id
+        if config.stop and self.tokenizer is None:
+            raise ForetellError(f"the base {self.base.name} has no tokenizer to find stop texts with; leave out stop")
+        strings = [StopStrings(self.tokenizer, config.stop)] if config.stop else []
+        return Stop(() if config.ignore_eos else ids, strings)
 
     def decode_config(self, settings: dict[str, Any]) -> DecodeConfig:
         """Settings, checked; masks defaults to the k of training."""
@@ -199,6 +235,10 @@ class MTPForCausalLM(MTPModel):
         if config.masks is not None and config.masks > self.max_masks:
             raise ForetellError(
                 f"masks must be at most {self.max_masks}, which this adapter was trained with, not {config.masks}"
+            )
+        if strange := [token for token in config.eos_token_id or () if not 0 <= token < self.base.vocab_size]:
+            raise ForetellError(
+                f"eos_token_id must be token ids of the base, 0 to {self.base.vocab_size - 1}, not {strange[0]}"
             )
         return config
 
@@ -283,9 +323,3 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         reason = str(error).strip().splitlines()[0]
         raise ForetellError(f"there is no device {str(device)!r} ({reason}); give cpu, cuda or cuda:N") from error
     return resolved
-
-
-def repeated_ngram_share(tokens: Sequence[int], n: int = 4) -> float:
-    """Share of n-grams that occurred before in the same text: loops flatter acceptance, so it stands beside it."""
-    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     EosTokenCriteria,
     GenerationConfig,
@@ -13,16 +14,25 @@ from transformers import (
     MaxLengthCriteria,
     PreTrainedModel,
     RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
     StoppingCriteriaList,
+    StopStringCriteria,
 )
+from transformers.generation import GenerateDecoderOnlyOutput
 
 from foretell.config import DecodeConfig
 from foretell.decoding import loop
+from foretell.decoding.loop import Step
 from foretell.decoding.pick import Picker
+from foretell.decoding.scores import scores_and_logits
+from foretell.decoding.stopping import Condition, Stop
+from foretell.decoding.streaming import Streamer, ended, streamed
 from foretell.errors import ForetellError
 
 if TYPE_CHECKING:
     from foretell.decoding.generate import MTPForCausalLM
+
+SUPPORTED_CRITERIA = (EosTokenCriteria, MaxLengthCriteria, StopStringCriteria)
 
 
 def generate(
@@ -33,46 +43,81 @@ def generate(
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     attention_mask: Tensor | None,
+    streamer: Streamer | None,
     settings: dict[str, Any],
-) -> Tensor:
+) -> Tensor | GenerateDecoderOnlyOutput:
     """input_ids (B, n), left-padded where attention_mask (B, n) is 0 -> (B, n + longest) int64, padded on the right.
 
     transformers has prepared the processors, warpers included when it samples, and the length. Draws follow torch's
-    global seed. Raises ForetellError for another base and for what is neither greedy decoding nor sampling.
+    global seed. With `return_dict_in_generate` the ids are the `sequences` of transformers' own output, beside the
+    scores and logits that were asked for: per new token (B, V) fp32, zeros where a sequence has ended.
+    Raises ForetellError for another base and for what is neither greedy decoding nor sampling.
     """
-    if lm is not model.base.lm:
-        raise ForetellError(
-            "custom_generate belongs to the base that this adapter was loaded with: call its generate()"
+    with ended(streamer):
+        if lm is not model.base.lm:
+            raise ForetellError(
+                "custom_generate belongs to the base that this adapter was loaded with: call its generate()"
+            )
+        check(generation_config, stopping_criteria)
+        config: DecodeConfig = model.decode_config(
+            {
+                **settings,
+                "max_new_tokens": stopping_criteria.max_length - input_ids.shape[1],
+                "temperature": 1.0 if generation_config.do_sample else 0.0,
+                "seed": int(torch.randint(2**31, ())) if generation_config.do_sample else 0,
+            }
         )
-    if generation_config.num_beams > 1 or generation_config.return_dict_in_generate:
-        raise ForetellError(
-            "custom_generate decodes greedily or samples and returns ids: leave out beams and return_dict"
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        prompts = [ids[kept.bool()] for ids, kept in zip(input_ids, real, strict=True)]
+        eos = [token for c in stopping_criteria if isinstance(c, EosTokenCriteria) for token in c.eos_token_id.tolist()]
+        stop = Stop(eos, [completed_string(c) for c in stopping_criteria if isinstance(c, StopStringCriteria)])
+        picker = Picker(config, without_padding(logits_processor))
+        wants_scores, wants_logits = (
+            bool(generation_config.return_dict_in_generate and wanted)
+            for wanted in (generation_config.output_scores, generation_config.output_logits)
         )
-    if other := [c for c in stopping_criteria if not isinstance(c, (EosTokenCriteria, MaxLengthCriteria))]:
-        raise ForetellError(f"custom_generate stops at a length or an eos token, not by {type(other[0]).__name__}")
-    seed = int(torch.randint(2**31, ())) if generation_config.do_sample else 0
-    config: DecodeConfig = model.decode_config(
-        {
-            **settings,
-            "max_new_tokens": generation_config.max_length - input_ids.shape[1],
-            "temperature": 1.0 if generation_config.do_sample else 0.0,
-            "seed": seed,
-        }
-    )
-    real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    prompts = [ids[kept.bool()] for ids, kept in zip(input_ids, real, strict=True)]
-    eos = generation_config.eos_token_id
-    stop_ids = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
-    # transformers tells this one to pass over the padding; our texts have none.
-    processors = LogitsProcessorList(
-        RepetitionPenaltyLogitsProcessor(p.penalty) if isinstance(p, RepetitionPenaltyLogitsProcessor) else p
-        for p in logits_processor
-    )
-    new: list[list[int]] = [[] for _ in prompts]
-    for steps in loop.steps(model, prompts, config, Picker(config, processors), stop_ids):
-        for step in steps:
-            new[step.sequence] += step.tokens
+        done: list[list[Step]] = [[] for _ in prompts]
+        steps = loop.steps(model, prompts, config, picker, stop, keep_logits=wants_scores or wants_logits)
+        for batch in streamed(streamer, input_ids, steps):
+            for step in batch:
+                done[step.sequence].append(step)
     pad = generation_config.pad_token_id
-    pad = min(stop_ids, default=0) if pad is None else pad
-    rows = [torch.tensor(tokens, device=input_ids.device) for tokens in new]
-    return torch.cat([input_ids, torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)], dim=1)
+    pad = next(iter(eos), 0) if pad is None else pad
+    new = [input_ids.new_tensor([token for step in own for token in step.tokens]) for own in done]
+    sequences = torch.cat([input_ids, pad_sequence(new, batch_first=True, padding_value=pad)], dim=1)
+    if not generation_config.return_dict_in_generate:
+        return sequences
+    output = GenerateDecoderOnlyOutput(sequences=sequences)
+    if wants_scores or wants_logits:
+        pairs = [scores_and_logits(picker, prompt, own) for prompt, own in zip(prompts, done, strict=True)]
+        scores, logits = (pad_sequence(list(rows)).unbind() for rows in zip(*pairs, strict=True))
+        output.scores = scores if wants_scores else None
+        output.logits = logits if wants_logits else None
+    return output
+
+
+def check(generation_config: GenerationConfig, stopping_criteria: StoppingCriteriaList) -> None:
+    """Raises ForetellError for what several tokens per step can't give."""
+    if generation_config.num_beams > 1:
+        raise ForetellError("custom_generate decodes greedily or samples: leave out beams")
+    if generation_config.return_dict_in_generate and (
+        generation_config.output_attentions or generation_config.output_hidden_states
+    ):
+        raise ForetellError("custom_generate gives scores and logits: leave out output_attentions, _hidden_states")
+    if other := [c for c in stopping_criteria if not isinstance(c, SUPPORTED_CRITERIA)]:
+        raise ForetellError(
+            f"custom_generate stops at a length, an eos token or a stop string, not by {type(other[0]).__name__}"
+        )
+
+
+def completed_string(criterion: StoppingCriteria) -> Condition:
+    """transformers' own criterion, which looks at ids alone, as a condition on one text."""
+    return lambda text: bool(criterion(torch.tensor([text]), None))
+
+
+def without_padding(processors: LogitsProcessorList) -> LogitsProcessorList:
+    """transformers tells the repetition penalty to pass over the padding; our texts have none."""
+    return LogitsProcessorList(
+        RepetitionPenaltyLogitsProcessor(p.penalty) if isinstance(p, RepetitionPenaltyLogitsProcessor) else p
+        for p in processors
+    )

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from foretell.config import DecodeConfig
 from foretell.decoding.cache import StaticCache
-from foretell.decoding.draft import draft, largest
+from foretell.decoding.draft import Drafter, SamplerDrafter, reads_along
 from foretell.decoding.pick import Picker
-from foretell.decoding.strategies import aligned, next_layout
+from foretell.decoding.planning import strategy_of
+from foretell.decoding.stopping import Stop
+from foretell.decoding.strategies import Running, Strategy, aligned
 from foretell.decoding.verify import accepted_drafts
 from foretell.layout import Layout, plain
 from foretell.model import MTPModel
@@ -29,22 +30,12 @@ class Step:
     accepted: int
     layout: Layout
     sequence: int = 0  # which prompt of a batch
+    logits: Tensor | None = field(default=None, repr=False, compare=False)  # (tokens, V) fp32, if asked for
 
     @property
     def origins(self) -> list[str]:
         """For each token "draft" (an accepted draft) or "base"."""
         return ["draft"] * self.accepted + ["base"] * (len(self.tokens) - self.accepted)
-
-
-@dataclass
-class Running:
-    """One prompt on its way."""
-
-    sequence: int  # its place in the caller's list
-    remaining: int  # tokens it may still get
-    text: list[int]  # prompt and tokens decided
-    place: int = 0  # tokens decided
-    drafts: int = 0  # drafts at hand
 
 
 @torch.inference_mode()
@@ -53,39 +44,53 @@ def steps(
     prompts: Sequence[Tensor],
     config: DecodeConfig,
     picker: Picker,
-    stop_ids: Collection[int] = (),
+    stop: Stop | None = None,
+    strategy: Strategy | None = None,
+    drafter: Drafter | None = None,
+    keep_logits: bool = False,
 ) -> Iterator[list[Step]]:
     """Decodes prompts (n_b,) int64 side by side; each item holds one `Step` per unfinished sequence.
 
     A prompt's last token is not prefilled: it is the first decided token x, and from then on each step carries x, the
-    drafts to verify and masks. A sequence accepts its own number of drafts and leaves when it ends; nothing past a stop
-    id is yielded. Every token is what the picker picks from the base's own logits, whatever the drafts are.
+    drafts to verify and masks. A sequence accepts its own number of drafts and leaves when it ends; nothing past the
+    token that `stop` ends with is yielded. Every token is what the picker picks from the base's own logits, whatever
+    the drafts are. With `keep_logits` a step holds the logits of its tokens.
+
+    `strategy` is by default the one that `config` names, `drafter` the model's own masks and sampler head.
     """
     masks = config.masks or model.max_masks
-    capacity = max(len(prompt) for prompt in prompts) + config.max_new_tokens + (masks + 1) ** 2
+    strategy = strategy or strategy_of(model, config)
+    drafter = drafter or SamplerDrafter(model, config, picker)
+    stop = stop or Stop()
+    limits = [config.new_tokens(len(prompt)) for prompt in prompts]
+    capacity = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)) + (masks + 1) ** 2
     cache = StaticCache(len(model.base.blocks), capacity, len(prompts))
     prefill(model, prompts, cache)
-    running = [Running(number, config.max_new_tokens, prompt.tolist()) for number, prompt in enumerate(prompts)]
+    running = [Running(number, limits[number], prompt.tolist()) for number, prompt in enumerate(prompts)]
     x = torch.stack([prompt[-1] for prompt in prompts])  # (B,)
     drafts = x.new_empty((len(prompts), 0))  # (B, most drafts), NO_DRAFT where a sequence has fewer
     while running:
-        layouts = aligned([next_layout(config.strategy, row.drafts, masks, row.remaining) for row in running], masks)
+        layouts = aligned(strategy.layouts(running), masks)
         if model.base.max_columns is not None and max(cache.lengths) + layouts[0].width > model.base.max_columns:
             layouts = [plain()] * len(running)
         regular = layouts[0].regular
         drafts = drafts[:, : regular - 1]
         latents = model.step(torch.cat([x[:, None], drafts.clamp(min=0)], dim=1), layouts, cache, cache.lengths)
-        choices = pick_choices(picker, model.base.unembed(latents[:, :regular]), running, drafts)
+        # What the unembedding reads is most of its cost, so few masks are read along with the regular rows.
+        along = reads_along(model, config, layouts[0].masks)
+        logits = model.base.unembed(latents if along else latents[:, :regular])
+        choices = pick_choices(picker, logits[:, :regular], running, drafts)
         # The step's one synchronisation with the device: accepted counts and the base's choices together.
         decided = torch.cat([accepted_drafts(drafts, choices)[:, None], choices], dim=1).tolist()
         done = []
-        for row, layout, (accepted, *chosen) in zip(running, layouts, decided, strict=True):
-            tokens = until_stop(chosen[: min(accepted + 1, row.remaining)], stop_ids)
-            ended = tokens[-1] in stop_ids or len(tokens) == row.remaining
+        for number, (row, layout, (accepted, *chosen)) in enumerate(zip(running, layouts, decided, strict=True)):
+            tokens, ended = stop.cut(row.text, chosen[: min(accepted + 1, row.remaining)])
             row.remaining = 0 if ended else row.remaining - len(tokens)
             row.place += len(tokens)
             row.text += tokens
-            done.append(Step(tokens, min(accepted, len(tokens)), layout, row.sequence))
+            strategy.decided(row, tokens)
+            kept = logits[number, : len(tokens)].to(torch.float32, copy=True) if keep_logits else None
+            done.append(Step(tokens, min(accepted, len(tokens)), layout, row.sequence, kept))
         yield done
         accepted = [count for count, *_ in decided]
         cache.keep([count + 1 for count in accepted])
@@ -96,19 +101,10 @@ def steps(
             blocks = [layouts[row].block_rows(accepted[row]) for row in order]
             for row, block in zip(running, blocks, strict=True):
                 row.drafts = 0 if block is None else min(block.stop - block.start, row.remaining - 1)
-            choose = partial(draw_draft, picker, running) if picker.draws_drafts else largest
-            make = partial(draft, model, use_sampler=config.use_sampler, shortlist=config.shortlist, choose=choose)
-            drafts = draft_blocks(make, latents[order], blocks, x)
+            read = surviving(logits[order], blocks) if along else None
+            drafts = draft_blocks(drafter, strategy, surviving(latents[order], blocks), read, x, running)
         else:
             running = []
-
-
-def until_stop(tokens: list[int], stop_ids: Collection[int]) -> list[int]:
-    """The tokens up to the first stop id, which is the last one given."""
-    for index, token in enumerate(tokens):
-        if token in stop_ids:
-            return tokens[: index + 1]
-    return tokens
 
 
 def leave_finished(running: list[Running], cache: StaticCache) -> list[int]:
@@ -138,27 +134,37 @@ def pick_choices(picker: Picker, logits: Tensor, running: Sequence[Running], dra
     return picker.pick(logits.flatten(0, 1), sequences, places, texts).view(-1, regular)
 
 
-def draw_draft(picker: Picker, running: Sequence[Running], scores: Tensor, mask: int) -> Tensor:
-    """Drafts for the place that mask number `mask` predicts, drawn in the race in which the base will pick."""
-    return picker.pick(scores, [row.sequence for row in running], [row.place + mask for row in running])
+def surviving(rows: Tensor, blocks: Sequence[slice | None]) -> Tensor:
+    """rows (B, Q, ...) of a step, rows of each sequence's block -> (B, K, ...); what lies beyond a block is filler."""
+    starts = [0 if block is None else block.start for block in blocks]
+    sizes = [0 if block is None else block.stop - block.start for block in blocks]
+    if len(set(sizes)) == len(set(starts)) == 1:
+        return rows[:, starts[0] : starts[0] + sizes[0]]
+    last = torch.tensor(sizes, device=rows.device)[:, None] - 1
+    offsets = torch.minimum(torch.arange(max(sizes), device=rows.device), last.clamp(min=0))
+    places = torch.tensor(starts, device=rows.device)[:, None] + offsets
+    return rows[torch.arange(len(blocks), device=rows.device)[:, None], places]
 
 
 def draft_blocks(
-    make: Callable[[Tensor, Tensor], Tensor], latents: Tensor, blocks: Sequence[slice | None], first: Tensor
+    drafter: Drafter,
+    strategy: Strategy,
+    latents: Tensor,
+    logits: Tensor | None,
+    first: Tensor,
+    running: Sequence[Running],
 ) -> Tensor:
-    """latents (B, Q, D), rows of each sequence's surviving block -> drafts (B, K), NO_DRAFT where there is none."""
-    sizes = [0 if block is None else block.stop - block.start for block in blocks]
-    most = max(sizes)
+    """latents (B, K, D), and logits if read, of the surviving blocks -> drafts (B, K), NO_DRAFT beyond a block."""
+    most = latents.shape[1]
     if not most:
-        return first.new_empty((len(blocks), 0))
-    if min(sizes) == most and len(set(sizes)) == 1 and len({block.start for block in blocks if block}) == 1:
-        return make(latents[:, blocks[0]], first)
-    starts = torch.tensor([0 if block is None else block.start for block in blocks], device=first.device)
-    held = torch.tensor(sizes, device=first.device)[:, None]
-    offsets = torch.arange(most, device=first.device)
-    rows = starts[:, None] + torch.minimum(offsets, (held - 1).clamp(min=0))
-    chosen = latents.gather(1, rows[:, :, None].expand(-1, -1, latents.shape[-1]))
-    return make(chosen, first).masked_fill(offsets >= held, NO_DRAFT)
+        return first.new_empty((len(running), 0))
+    sequences, places = [row.sequence for row in running], [row.place for row in running]
+    drafts, confidences = drafter(latents, first, sequences, places, logits)
+    strategy.drafted(running, drafts, confidences)
+    if all(row.drafts == most for row in running):
+        return drafts
+    held = torch.tensor([row.drafts for row in running], device=drafts.device)[:, None]
+    return drafts.masked_fill(torch.arange(most, device=drafts.device) >= held, NO_DRAFT)
 
 
 def prefill(model: MTPModel, prompts: Sequence[Tensor], cache: StaticCache) -> None:

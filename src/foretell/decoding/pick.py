@@ -60,14 +60,19 @@ class Picker:
         self, logits: Tensor, sequences: Sequence[int], places: Sequence[int], texts: Sequence[Tensor] | None = None
     ) -> Tensor:
         """logits (N, V) -> tokens (N,) int64: row n is for place `places[n]` (0: first new token) of `sequences[n]`."""
-        if self.reads_text and texts is not None:
-            rows = [self.processors(text[None], row[None])[0] for text, row in zip(texts, logits, strict=True)]
-            logits = torch.stack(rows)
+        scores = self.scores(logits, texts)
         if self.greedy:
-            return logits.argmax(-1)
-        scores = self.warpers(None, logits.float())
+            return scores.argmax(-1)
         waits = [self._waits(*key, logits.shape[-1], logits.device) for key in zip(sequences, places, strict=True)]
         return (scores - torch.stack(waits).log()).argmax(-1)
+
+    def scores(self, logits: Tensor, texts: Sequence[Tensor] | None = None) -> Tensor:
+        """logits (N, V) -> what is chosen from, (N, V), with the text before each row's token if processors read it."""
+        if self.reads_text and texts is not None:
+            # Copies, as some processors write into what they are given.
+            rows = [self.processors(text[None], row[None].clone())[0] for text, row in zip(texts, logits, strict=True)]
+            logits = torch.stack(rows)
+        return logits if self.greedy else self.warpers(None, logits.float())
 
     def _waits(self, sequence: int, place: int, vocab: int, device: torch.device) -> Tensor:
         """(V,) fp32, Exp(1): the same for the same (seed, sequence, place)."""

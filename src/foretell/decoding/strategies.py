@@ -1,10 +1,112 @@
-"""Which layout the next step uses, for the fixed strategies of method.md section 5."""
+"""Which layout the next step uses: the fixed strategies of method.md section 5, and the planner's."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import Protocol
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from foretell.decoding.calibration import Experience, Floats
+from foretell.decoding.planner import Planner
 from foretell.layout import Block, Layout, linear, plain, quadratic
+
+
+@dataclass
+class Running:
+    """One prompt on its way."""
+
+    sequence: int  # its place in the caller's list
+    remaining: int  # tokens it may still get
+    text: list[int]  # prompt and tokens decided
+    place: int = 0  # tokens decided
+    drafts: int = 0  # drafts at hand
+
+
+class Strategy(Protocol):
+    """What the loop asks and tells, step by step."""
+
+    def layouts(self, running: Sequence[Running]) -> list[Layout]:
+        """The next step's layout of every sequence; the loop fills them up to one batch."""
+        ...
+
+    def decided(self, row: Running, tokens: Sequence[int]) -> None:
+        """These tokens of a sequence were decided."""
+        ...
+
+    def drafted(self, running: Sequence[Running], drafts: Tensor, confidences: Tensor | None) -> None:
+        """New drafts (B, K) and their confidences; of row b the first `running[b].drafts` count."""
+        ...
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Autoregressive, linear or quadratic, whatever the drafts are like."""
+
+    name: str
+    masks: int
+
+    def layouts(self, running: Sequence[Running]) -> list[Layout]:
+        return [next_layout(self.name, row.drafts, self.masks, row.remaining) for row in running]
+
+    def decided(self, row: Running, tokens: Sequence[int]) -> None:
+        pass
+
+    def drafted(self, running: Sequence[Running], drafts: Tensor, confidences: Tensor | None) -> None:
+        pass
+
+
+@dataclass
+class OpenBlock:
+    """Drafts whose fate is not known to the end."""
+
+    drafts: list[int]
+    logits: Floats
+    held: int = 0
+
+
+@dataclass
+class Adaptive:
+    """The planner's choice. Every draft made teaches it, also one never verified: the text tells in the end."""
+
+    planner: Callable[[int], Planner]  # for a number of sequences: wider batches make wider steps dearer
+    experience: Experience
+    open: dict[int, list[OpenBlock]] = field(default_factory=dict)  # by sequence
+    at_hand: dict[int, Floats] = field(default_factory=dict)  # log-odds of the confidences of the drafts at hand
+
+    def layouts(self, running: Sequence[Running]) -> list[Layout]:
+        none = np.zeros(0)
+        at_hand = [self.at_hand.get(row.sequence, none)[: row.drafts] for row in running]
+        remaining = [row.remaining for row in running]
+        layouts = self.planner(len(running)).layouts(at_hand, remaining)
+        return [within(layout, left) for layout, left in zip(layouts, remaining, strict=True)]
+
+    def decided(self, row: Running, tokens: Sequence[int]) -> None:
+        still_open = []
+        for block in self.open.get(row.sequence, ()):
+            expected = block.drafts[block.held : block.held + len(tokens)]
+            same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(expected, tokens, strict=False)))
+            block.held += same
+            if same < len(expected) or block.held == len(block.drafts):
+                self.experience.calibration.learn(block.logits, block.held)
+            else:
+                still_open.append(block)
+        self.open[row.sequence] = still_open
+
+    def drafted(self, running: Sequence[Running], drafts: Tensor, confidences: Tensor | None) -> None:
+        assert confidences is not None
+        # One transfer for both; fp32 holds every token id below 2^24.
+        tokens, sure = torch.stack([drafts.float(), confidences]).tolist()
+        for row, own, chances in zip(running, tokens, sure, strict=True):
+            if row.drafts:
+                logits = self.experience.made(np.array(chances[: row.drafts]))
+                self.at_hand[row.sequence] = logits
+                block = OpenBlock([int(token) for token in own[: row.drafts]], logits)
+                self.open.setdefault(row.sequence, []).append(block)
 
 
 def next_layout(strategy: str, drafts: int, masks: int, remaining: int) -> Layout:
@@ -16,10 +118,13 @@ def next_layout(strategy: str, drafts: int, masks: int, remaining: int) -> Layou
     drafts = min(drafts, remaining - 1)
     if strategy == "autoregressive":
         return plain()
-    layout = linear(drafts, masks) if strategy == "linear" else quadratic(drafts, masks)
-    if drafts + masks < remaining:
+    return within(linear(drafts, masks) if strategy == "linear" else quadratic(drafts, masks), remaining)
+
+
+def within(layout: Layout, remaining: int) -> Layout:
+    """Without the masks that would predict tokens beyond the last: mask j after token r predicts token r + j + 1."""
+    if all(block.after + block.masks < remaining for block in layout.blocks):
         return layout
-    # Near the end: mask j after token r predicts token r + j + 1 of those remaining.
     blocks = (Block(after, min(count, remaining - 1 - after)) for after, count in layout.blocks)
     return Layout(layout.regular, tuple(block for block in blocks if block.masks > 0))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 
@@ -29,6 +29,14 @@ class TextStream:
     def flush(self) -> str:
         """Whatever push still held back."""
         return self._take(self._text(self._start, None))
+
+    def pieces(self, tokens: Iterable[int]) -> Iterator[str]:
+        """The text of tokens as they come, without empty pieces."""
+        for token in tokens:
+            if piece := self.push(token):
+                yield piece
+        if piece := self.flush():
+            yield piece
 
     def _take(self, text: str) -> str:
         piece = text[len(self._text(self._start, self._done)) :]

@@ -1,0 +1,174 @@
+"""Seconds of a step by its width, measured once on the machine that decodes and kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from foretell import __version__
+from foretell.config import DecodeConfig
+from foretell.decoding.cache import StaticCache
+from foretell.decoding.draft import draft, reads_along, shortlist_size
+from foretell.layout import Block, Layout, plain
+from foretell.model import MTPModel
+
+CONTEXT = 256  # tokens in the cache while steps are timed
+REGULAR_WIDTHS = (1, 2, 3, 5, 9)
+MASKED_WIDTHS = (2, 3, 4, 5, 7, 9, 12, 16, 20, 25, 33, 45, 61, 81)
+ROUNDS = 5
+BUDGET = 20.0  # seconds; at least two rounds are timed whatever they take
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of a step without masks and with masks, by width Q, and of the sampler chain, by masks.
+
+    Each is a table {width: seconds}: interpolated between its entries, beyond them extrapolated by the last slope.
+    """
+
+    regular: dict[int, float]
+    masked: dict[int, float]
+    drafts: dict[int, float]
+
+    def steps(self, masks: int) -> NDArray[np.float64]:
+        """(k+1, k(k+1)+1): seconds of a step that verifies d drafts and hangs M masks."""
+        drafts, hung = np.arange(masks + 1)[:, None], np.arange(masks * (masks + 1) + 1)[None, :]
+        seconds = interpolated(self.masked, drafts + 1 + hung)
+        seconds[:, 0] = interpolated(self.regular, drafts[:, 0] + 1)
+        return seconds
+
+    def drafting(self, masks: int) -> NDArray[np.float64]:
+        """(k+1,): seconds of making n drafts."""
+        return interpolated({0: 0.0, **self.drafts}, np.arange(masks + 1))
+
+
+def interpolated(table: dict[int, float], at: NDArray[np.int64]) -> NDArray[np.float64]:
+    """A table's values at `at`, never falling with the width: a wider step that seems faster was measured badly."""
+    widths = np.array(sorted(table), dtype=float)
+    seconds = np.maximum.accumulate(np.array([table[int(width)] for width in widths]))
+    values = np.interp(at, widths, seconds)
+    if len(widths) > 1:
+        slope = (seconds[-1] - seconds[-2]) / (widths[-1] - widths[-2])
+        values += np.maximum(at - widths[-1], 0) * slope
+    return values
+
+
+def costs(model: MTPModel, config: DecodeConfig, batch: int = 1) -> Costs:
+    """From disk if this model was measured on this machine before, else measured now (seconds to half a minute).
+
+    Kept under `$XDG_CACHE_HOME/foretell/costs` (`~/.cache` where that is not set); where that can't be written, the
+    next process measures again.
+    """
+    path = _folder() / f"{_key(model, config, batch)}.json"
+    try:
+        tables = json.loads(path.read_text(encoding="utf-8"))["seconds"]
+        return Costs(**{name: {int(w): float(s) for w, s in table.items()} for name, table in tables.items()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass  # never measured, or a file that is no use: measure
+    found = measure(model, config, batch)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps({"model": model.base.name, "batch": batch, "seconds": asdict(found)}, indent=1))
+        part.replace(path)
+    except OSError:
+        pass
+    return found
+
+
+def _folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "foretell" / "costs"
+
+
+def _key(model: MTPModel, config: DecodeConfig, batch: int) -> str:
+    device = model.base.device
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    facts = [
+        __version__, torch.__version__, model.base.fingerprint(), model.base.dtype, device.type, machine,
+        platform.machine(), torch.get_num_threads(), model.config.to_dict(), batch,
+        config.masks, config.use_sampler, shortlist_size(model, config.shortlist),
+    ]  # fmt: skip
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
+
+
+@torch.inference_mode()
+def measure(model: MTPModel, config: DecodeConfig, batch: int = 1) -> Costs:
+    """Times steps of every width in turn, so that a disturbance meets them all; medians."""
+    masks = config.masks or model.max_masks
+    context = CONTEXT if model.base.max_positions is None else min(CONTEXT, model.base.max_positions // 2)
+    cache = StaticCache(len(model.base.blocks), context + (masks + 1) ** 2, batch)
+    prompt = torch.arange(context, device=model.base.device).remainder(model.base.vocab_size)
+    model.prefill(prompt.expand(batch, -1), cache)
+    cache.keep([context] * batch)
+    room = (masks + 1) ** 2
+    if model.base.max_columns is not None:
+        room = min(room, model.base.max_columns - context)
+    layouts: dict[tuple[str, int], Layout] = {("regular", w): plain(w) for w in REGULAR_WIDTHS if w <= masks + 1}
+    layouts |= {("masked", w): masked_layout(w, masks) for w in {*MASKED_WIDTHS, room} if 2 <= w <= room}
+    latents = prompt.new_zeros((batch, masks, model.base.d_model), dtype=model.base.dtype)
+    tasks: dict[tuple[str, int], Callable[[], object]] = {
+        key: partial(_step, model, config, layout, cache, batch) for key, layout in layouts.items()
+    }
+    first = prompt[:1].expand(batch)
+    logits = model.base.unembed(latents) if reads_along(model, config, 0) else None  # for all: `_step` reads the rest
+    shortlist = shortlist_size(model, config.shortlist)
+    for count in sorted({1, (masks + 1) // 2, masks}):
+        read = None if logits is None else logits[:, :count]
+        tasks["drafts", count] = partial(
+            draft, model, latents[:, :count], first, config.use_sampler, shortlist, confident=True, logits=read
+        )
+    seconds: dict[tuple[str, int], list[float]] = {key: [] for key in tasks}
+    start = time.perf_counter()
+    for round in range(ROUNDS + 1):
+        for key, task in tasks.items():
+            begin = _now(model)
+            task()
+            spent = _now(model) - begin
+            if round:  # the first only warms up
+                seconds[key].append(spent)
+        if round >= 2 and time.perf_counter() - start > BUDGET * round / (round + 1):
+            break
+    tables: dict[str, dict[int, float]] = {"regular": {}, "masked": {}, "drafts": {}}
+    for (name, width), values in seconds.items():
+        tables[name][width] = statistics.median(values)
+    return Costs(**tables)
+
+
+def masked_layout(width: int, masks: int) -> Layout:
+    """Of `width` rows: as few regular ones as can carry the masks, which hang after the last ones first."""
+    regular = -(-width // (masks + 1))
+    left, blocks = width - regular, []
+    for after in range(regular - 1, -1, -1):
+        if left:
+            blocks.append(Block(after, min(masks, left)))
+            left -= blocks[-1].masks
+    return Layout(regular, tuple(blocks))
+
+
+def _step(model: MTPModel, config: DecodeConfig, layout: Layout, cache: StaticCache, batch: int) -> None:
+    """As the loop does one; a surviving block whose logits were not read along is read here."""
+    ids = torch.zeros((batch, layout.regular), dtype=torch.long, device=model.base.device)
+    latents = model.step(ids, [layout] * batch, cache, cache.lengths)
+    along = reads_along(model, config, layout.masks)
+    logits = model.base.unembed(latents if along else latents[:, : layout.regular])
+    logits[:, : layout.regular].argmax(-1).tolist()
+    if reads_along(model, config, 0) and not along:
+        model.base.unembed(latents[:, : config.masks or model.max_masks])
+
+
+def _now(model: MTPModel) -> float:
+    if model.base.device.type == "cuda":
+        torch.cuda.synchronize(model.base.device)
+    return time.perf_counter()

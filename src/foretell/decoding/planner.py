@@ -1,0 +1,135 @@
+"""Which layout next: the one of least expected seconds per token (docs/planner.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from foretell.decoding.calibration import Experience, Floats
+from foretell.decoding.costs import Costs
+from foretell.layout import Block, Layout
+
+SWEEPS = 8  # of value iteration per solution, each going on from the last
+SOLVE_EVERY = (1, 64)  # steps between solutions, doubling from the first to the second
+PROBE_EVERY = (8, 256)  # steps without masks before some are tried again, doubling while that is in vain
+
+
+class Planner:
+    """Chooses how many drafts to verify and how many masks to hang after each regular token, step by step.
+
+    A renewal-reward problem: of all policies the one with the most tokens per second. Its state is the drafts at hand
+    with their chances; `value[n]` is how many seconds n new drafts are worth less than none, averaged over the
+    confidences of recent blocks, and `per_token` the seconds per token of the best policy. Both are solved for again
+    and again while decoding goes on.
+    """
+
+    def __init__(self, costs: Costs, experience: Experience) -> None:
+        self.masks = masks = experience.masks
+        self.experience = experience
+        self.seconds = costs.steps(masks)  # (k+1, k(k+1)+1): of a step by drafts verified and masks hung
+        self.drafting = costs.drafting(masks)  # (k+1,): of the sampler chain by drafts made
+        self.value = np.zeros(masks + 1)
+        self.per_token = float(self.seconds[0, 0])
+        self._until_solution, self._solve_every = 0, SOLVE_EVERY[0]
+        self._without_masks, self._probe_every = 0, PROBE_EVERY[0]
+
+    def layouts(self, drafts: Sequence[Floats], remaining: Sequence[int]) -> list[Layout]:
+        """One layout per sequence, for log-odds of its drafts' confidences (m_b,) and the tokens it may still get.
+
+        All verify at most one common number of drafts and hang at most one common number of masks.
+        """
+        if self._until_solution == 0:
+            self.solve()
+            self._solve_every = min(2 * self._solve_every, SOLVE_EVERY[1])
+            self._until_solution = self._solve_every
+        self._until_solution -= 1
+        held = [min(len(own), left - 1) for own, left in zip(drafts, remaining, strict=True)]
+        chances = np.zeros((len(drafts), self.masks))
+        for row, own in enumerate(drafts):
+            chances[row, : held[row]] = self.experience.calibration.chances(own)[: held[row]]
+        most = max(held)
+        reach = reached(chances[:, :most])
+        gains = self._gains(exact(reach))
+        order = np.argsort(-gains, axis=-1)
+        worth = prefix_sums(np.take_along_axis(gains, order, -1))
+        worth += self.per_token * np.cumsum(reach, axis=1)[..., None]  # (B, most+1, M+1): verifying d, hanging M
+        # A sequence with fewer drafts verifies those it has: its further rows are filler.
+        own_drafts = np.minimum(np.arange(most + 1), np.array(held)[:, None])  # (B, most+1)
+        rows = np.arange(len(drafts))[:, None]
+        scores = self.seconds[: most + 1, : worth.shape[-1]] - worth[rows, own_drafts].sum(0)
+        verified, hung = np.unravel_index(int(scores.argmin()), scores.shape)
+        if self._probe(int(verified + hung)):
+            return [Layout(1, (Block(0, self.masks),))] * len(remaining)
+        result = []
+        for row in range(len(drafts)):
+            d = int(own_drafts[row, verified])
+            counts = np.bincount(order[row, d, :hung] // self.masks, minlength=d + 1)
+            blocks = tuple(Block(after, int(count)) for after, count in enumerate(counts[: d + 1]) if count)
+            result.append(Layout(d + 1, blocks))
+        return result
+
+    def _probe(self, more: int) -> bool:
+        """Whether to hang masks although plain decoding seems best: what is never tried is never seen to get better."""
+        if more:
+            self._without_masks, self._probe_every = 0, PROBE_EVERY[0]
+            return False
+        self._without_masks += 1
+        if self._without_masks < self._probe_every:
+            return False
+        self._without_masks, self._probe_every = 0, min(2 * self._probe_every, PROBE_EVERY[1])
+        return True
+
+    def solve(self, sweeps: int = SWEEPS) -> None:
+        """Relative value iteration over the recent blocks, going on from the last solution (docs/planner.md)."""
+        reach = reached(self.experience.recent_chances())
+        tokens = np.cumsum(reach, axis=1)  # (N, k+1) expected of a step that verifies d drafts
+        exactly = exact(reach)
+        for _ in range(sweeps):
+            gains = -np.sort(-self._gains(exactly), axis=-1)
+            best = (self.seconds - prefix_sums(gains)).min(-1) - self.per_token * tokens
+            value = np.minimum.accumulate(best, axis=1).mean(0)  # with n drafts at hand up to n may be verified
+            # Too large a step would swing: no step decides more tokens than this.
+            self.per_token += value[0] / float(tokens[:, -1].mean())
+            self.value = (self.value + value - value[0]) / 2  # half a step: whole ones may swing between states
+
+    def _gains(self, exactly: Floats) -> Floats:
+        """(N, D+1, D+1) of `exact` -> (N, D+1, (D+1)k): seconds that one more mask at token index // k saves.
+
+        Its share of the value of new drafts, times the chance that exactly r drafts hold. Shares never grow with the
+        mask's number, so the M best gains are those of the M masks best hung.
+        """
+        shares = -np.diff(lower_hull(self.value + self.drafting))  # (k,)
+        return (exactly[..., None] * shares).reshape(*exactly.shape[:2], -1)
+
+
+def prefix_sums(gains: Floats) -> Floats:
+    """(..., n) -> (..., n+1): of the first 0, 1, ... n."""
+    sums = np.zeros((*gains.shape[:-1], gains.shape[-1] + 1))
+    np.cumsum(gains, axis=-1, out=sums[..., 1:])
+    return sums
+
+
+def reached(chances: Floats) -> Floats:
+    """(N, k) chances of each draft if those before hold -> (N, k+1): that the first d hold, d = 0..k."""
+    return np.concatenate([np.ones((len(chances), 1)), np.cumprod(chances, axis=1)], axis=1)
+
+
+def exact(reach: Floats) -> Floats:
+    """(N, D+1) of `reached` -> (N, D+1, D+1): [., d, r] the chance that exactly r drafts hold when d are verified."""
+    verified, held = np.ogrid[: reach.shape[1], : reach.shape[1]]
+    fails = np.append(reach[:, :-1] - reach[:, 1:], np.zeros((len(reach), 1)), axis=1)
+    return np.where(held < verified, fails[:, None], np.where(held == verified, reach[:, None], 0.0))
+
+
+def lower_hull(values: Floats) -> Floats:
+    """The greatest convex sequence below `values` (n,)."""
+    corners = [0]
+    for index in range(1, len(values)):
+        while len(corners) > 1:
+            a, b = corners[-2:]
+            if (values[b] - values[a]) * (index - a) < (values[index] - values[a]) * (b - a):
+                break
+            corners.pop()
+        corners.append(index)
+    return np.interp(np.arange(len(values)), corners, values[corners])

@@ -1,0 +1,41 @@
+"""A model's planners: one per number of sequences, sharing what decoding has taught, kept from text to text."""
+
+from __future__ import annotations
+
+from weakref import WeakKeyDictionary
+
+from foretell.config import DecodeConfig
+from foretell.decoding.calibration import Experience
+from foretell.decoding.costs import costs
+from foretell.decoding.planner import Planner
+from foretell.decoding.strategies import Adaptive, Fixed, Strategy
+from foretell.model import MTPModel
+
+# By the settings that decide how likely drafts hold and what they cost; a model takes its planners with it.
+_planners: WeakKeyDictionary[MTPModel, dict[tuple[object, ...], Planners]] = WeakKeyDictionary()
+
+
+class Planners:
+    """Planners of one model in one manner of drafting."""
+
+    def __init__(self, model: MTPModel, config: DecodeConfig) -> None:
+        self.config = config
+        self.experience = Experience(config.masks or model.max_masks)
+        self._by_size: dict[int, Planner] = {}
+
+    def planner(self, model: MTPModel, sequences: int) -> Planner:
+        """For batches of up to the next power of two; the first of a size may have to time some steps."""
+        size = 1 << (sequences - 1).bit_length()
+        if size not in self._by_size:
+            self._by_size[size] = Planner(costs(model, self.config, size), self.experience)
+        return self._by_size[size]
+
+
+def strategy_of(model: MTPModel, config: DecodeConfig) -> Strategy:
+    """What `config.strategy` names, for one call of the loop."""
+    if config.strategy != "adaptive":
+        return Fixed(config.strategy, config.masks or model.max_masks)
+    manner = (config.masks, config.use_sampler, config.shortlist, config.drafts, config.temperature)
+    of_model = _planners.setdefault(model, {})
+    planners = of_model.setdefault(manner, Planners(model, config))
+    return Adaptive(lambda sequences: planners.planner(model, sequences), planners.experience)

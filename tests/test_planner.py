@@ -1,0 +1,183 @@
+"""The planner in simulation, against the exact optimum; its parts against their definitions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from foretell.config import DecodeConfig
+from foretell.decoding import costs as costs_module
+from foretell.decoding.calibration import Calibration, Experience, logit
+from foretell.decoding.costs import Costs, costs, interpolated, masked_layout
+from foretell.decoding.planner import Planner, lower_hull
+from foretell.decoding.strategies import Adaptive, Running
+from foretell.evaluation.acceptance_profiles import named_profile
+from foretell.evaluation.optimum import by_width, optimum
+from foretell.evaluation.simulation import noisy_costs, simulate
+from foretell.layout import Layout, quadratic
+
+from .models import random_prompt, reference, tiny_model
+
+COSTS = {
+    "1B": by_width({1: 1.0, 9: 1.05, 17: 1.21, 25: 1.52, 45: 2.19, 81: 3.64}),
+    "135M": by_width({1: 1.0, 9: 1.31, 17: 1.52, 25: 1.92, 81: 3.71}),
+    "idle": by_width({1: 1.0, 81: 1.3}),
+}
+CASES = [(shape, name) for shape in COSTS for name in ("gsm8k", "alpacaeval")]
+
+
+@pytest.mark.parametrize(("shape", "name"), CASES)
+def test_near_the_optimum_without_being_told(shape: str, name: str) -> None:
+    profile, cost = named_profile(name), COSTS[shape]
+    best = optimum(profile, cost).rate
+    assert simulate(profile, cost, 3000, cost_noise=0.02) > 0.97 * best
+    assert simulate(profile, cost, 3000, informed=0.5, cost_noise=0.02) > best  # which knows no confidences
+
+
+@pytest.mark.parametrize("shape", COSTS)
+def test_costs_little_where_nothing_holds(shape: str) -> None:
+    assert simulate([0.01] * 8, COSTS[shape], 2000) > 0.97
+
+
+@pytest.mark.parametrize(("shape", "name"), CASES)
+def test_value_iteration_finds_the_optimum(shape: str, name: str) -> None:
+    profile, cost = named_profile(name), COSTS[shape]
+    experience = Experience(8)
+    chances = np.array(profile) / np.array([1.0, *profile[:-1]])
+    experience.made(chances)
+    experience.calibration.mean[2:] = 0.0  # confidences are true as they are
+    exact = Costs({w: cost(w, 0) for w in range(1, 10)}, {w: cost(1, w - 1) for w in range(2, 82)}, {8: 0.0})
+    planner = Planner(exact, experience)
+    planner.solve(sweeps=600)
+    assert 1 / planner.per_token == pytest.approx(optimum(profile, cost).rate, rel=1e-3)
+
+
+def planned(shape: str, chances: list[float], at_hand: int) -> Layout:
+    """The layout chosen once the planner has seen blocks of drafts with these chances."""
+    experience = Experience(8)
+    for _ in range(32):
+        experience.made(np.array(chances))
+    planner = Planner(noisy_costs(8, COSTS[shape], 0.0, np.random.default_rng(0)), experience)
+    planner.solve(sweeps=300)
+    (layout,) = planner.layouts([logit(np.array(chances[:at_hand]))], [1000])
+    return layout
+
+
+def test_plain_where_nothing_holds_wide_where_width_is_free_narrow_where_it_is_dear() -> None:
+    assert planned("135M", [0.01] * 8, 0) == Layout(1)
+    assert planned("idle", [0.8] * 8, 8).width > 60
+    dear = planned("135M", [0.85] * 8, 7)
+    assert dear.masks <= 8 and dear.regular > 5  # as linear: it hangs masks only where they will very likely be used
+
+
+def test_unsure_drafts_are_not_verified() -> None:
+    sure = [0.95, 0.95, 0.95, 0.02, 0.9, 0.9, 0.9, 0.9]
+    assert planned("135M", sure, 8).regular == 4
+
+
+def test_a_batch_shares_one_shape() -> None:
+    experience = Experience(4)
+    planner = Planner(noisy_costs(4, COSTS["1B"], 0.0, np.random.default_rng(0)), experience)
+    drafts = [logit(np.array([0.99, 0.9, 0.9, 0.9])), np.zeros(0), logit(np.array([0.9]))]
+    layouts = planner.layouts(drafts, [100, 100, 1])
+    assert [layout.regular for layout in layouts][1:] == [1, 1]  # no drafts at hand; one token left
+    assert layouts[0].regular > 1
+
+
+def test_probes_become_rare_but_never_end() -> None:
+    experience = Experience(8)
+    planner = Planner(noisy_costs(8, COSTS["135M"], 0.0, np.random.default_rng(0)), experience)
+    for _ in range(300):  # a drafter that is sure and always wrong
+        experience.calibration.learn(experience.made(np.full(8, 0.9)), 0)
+    planner.solve(300)
+    probes = [n for n in range(2000) if planner.layouts([np.zeros(0)], [10**6])[0].masks]
+    gaps = np.diff(probes)
+    assert len(probes) > 8 and gaps[0] < 40 and gaps[-1] > 200
+
+
+def test_calibration_learns_what_confidences_are_worth() -> None:
+    random = np.random.default_rng(0)
+    calibration = Calibration(4)
+    told = np.array([0.9, 0.7, 0.9, 0.7])
+    true = np.array([0.6, 0.5, 0.3, 0.2])  # overconfident, the more the further ahead
+    for _ in range(1500):
+        calibration.learn(logit(told), int(np.cumprod(random.random(4) < true).sum()))
+    assert calibration.chances(logit(told)) == pytest.approx(true, abs=0.12)
+    assert calibration.chances(logit(told))[:2] == pytest.approx(true[:2], abs=0.06)
+
+
+def test_calibration_starts_with_the_confidences() -> None:
+    told = np.array([0.2, 0.5, 0.97])
+    assert Calibration(3).chances(logit(told)) == pytest.approx(told)
+
+
+def test_lower_hull() -> None:
+    assert lower_hull(np.array([0.0, 5.0, 2.0, 1.0, 4.0])) == pytest.approx([0, 1 / 3, 2 / 3, 1, 4])
+    convex = np.array([4.0, 1.0, 0.0, 0.0])
+    assert lower_hull(convex) == pytest.approx(convex)
+
+
+def test_interpolation_never_falls_and_goes_on() -> None:
+    assert interpolated({1: 1.0, 3: 3.0, 5: 2.0, 9: 5.0}, np.array([1, 2, 4, 7, 11])) == pytest.approx(
+        [1.0, 2.0, 3.0, 4.0, 6.0]
+    )
+
+
+@pytest.mark.parametrize("width", range(2, 26))
+def test_masked_layouts_have_their_width(width: int) -> None:
+    layout = masked_layout(width, 4)
+    assert layout.width == width and layout.masks >= 1
+    assert masked_layout(25, 4) == Layout(5, tuple(reversed(quadratic(4, 4).blocks)))
+
+
+def test_costs_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model = tiny_model()
+    config = DecodeConfig()
+    found = costs(model, config)
+    assert min(min(table.values()) for table in vars(found).values()) > 0
+    (path,) = tmp_path.rglob("*.json")
+    assert costs(model, config) == found
+
+    def never(*args: object) -> Costs:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(costs_module, "measure", never)
+    assert costs(model, config) == found
+    kept = json.loads(path.read_text())
+    kept["seconds"]["masked"] = {"2": 7.0}
+    path.write_text(json.dumps(kept))
+    assert costs(model, config).masked == {2: 7.0}
+    path.write_text("{")
+    with pytest.raises(AssertionError, match="measured again"):
+        costs(model, config)
+    with pytest.raises(AssertionError, match="measured again"):
+        costs(model, config, batch=2)
+
+
+def test_every_draft_teaches_once_its_fate_is_known() -> None:
+    """Drafts 5 6 7; the text goes on 5 6, then 8: two held, one did not, though no step verified them."""
+    experience = Experience(3)
+    taught: list[int] = []
+    experience.calibration.learn = lambda logits, held: taught.append(held)  # type: ignore[method-assign]
+    planner = Planner(noisy_costs(3, by_width({1: 1.0, 16: 3.0}), 0.0, np.random.default_rng(0)), experience)
+    strategy, row = Adaptive(lambda sequences: planner, experience), Running(0, 100, [1], drafts=3)
+    strategy.drafted([row], torch.tensor([[5, 6, 7]]), torch.full((1, 3), 0.5))
+    strategy.decided(row, [5])
+    strategy.drafted([row], torch.tensor([[6, 8, 9]]), torch.full((1, 3), 0.5))
+    strategy.decided(row, [6])
+    assert taught == []
+    strategy.decided(row, [8, 9, 4])
+    assert taught == [2, 3]
+
+
+def test_adaptive_decoding_changes_nothing() -> None:
+    model = tiny_model()
+    for length in (1, 12):
+        prompt = random_prompt(length)
+        expected = reference(model.base.lm, prompt, 60)
+        assert model.generate(input_ids=prompt, max_new_tokens=60, strategy="adaptive").token_ids == expected
