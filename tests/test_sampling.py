@@ -2,19 +2,23 @@
 
 import itertools
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from foretell.config import DecodeConfig
+from foretell.base import Base
+from foretell.config import STRATEGIES, DecodeConfig, MTPConfig
 from foretell.decoding import loop
 from foretell.decoding.generate import MTPForCausalLM
 from foretell.decoding.pick import Picker
 
-from .models import random_prompt, tiny_model
-from .test_lossless import STRATEGIES, fitted
+from .fitted import fitted
+from .models import GQA, random_prompt, tiny_model
 
 SETTINGS = [
     {"temperature": 1.0},
@@ -24,9 +28,16 @@ SETTINGS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def accepting() -> tuple[MTPForCausalLM, Tensor]:
+    return fitted("llama")
+
+
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_same_seed_same_text_whatever_the_strategy(settings: dict[str, float]) -> None:
-    model, known = fitted("llama")
+def test_same_seed_same_text_whatever_the_strategy(
+    accepting: tuple[MTPForCausalLM, Tensor], settings: dict[str, float]
+) -> None:
+    model, known = accepting
     for prompt in (known, random_prompt(9)):
         for seed in (0, 1):
             texts = {
@@ -49,85 +60,172 @@ def test_seeds_and_sequences_differ_and_batches_agree() -> None:
     assert batch[0].token_ids != model.generate(input_ids=ids, max_new_tokens=30, temperature=1.0, seed=5).token_ids
 
 
-def small_vocabulary(drafts: str) -> MTPForCausalLM:
-    """A random model, spiced so that its law is far from uniform but no token is certain."""
-    model = tiny_model(masks=2)
+WORDS, NEW, BATCH = 6, 3, 2000
+LENGTH = NEW + 1  # the last token of a text is never a draft, so one more than the law is asked of
+
+
+@pytest.fixture(scope="module")
+def small_vocabulary() -> MTPForCausalLM:
+    """A random model of WORDS tokens whose law is far from uniform, with no token certain."""
+    lm = AutoModelForCausalLM.from_config(LlamaConfig(**{**GQA, "vocab_size": WORDS, "num_hidden_layers": 2}))
     torch.manual_seed(3)
-    model.base.lm.lm_head.weight.data.mul_(0.25)
-    if drafts == "adversarial":  # never what the base likes best
-        model.mask_vectors.data.mul_(-5)
+    for parameter in lm.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model = MTPForCausalLM(Base(lm), MTPConfig(masks=2, rank=2))
+    model.for_inference()
     return model
 
 
-def law_of_two(model: MTPForCausalLM, prompt: Tensor, temperature: float, allowed: int) -> Tensor:
-    """(allowed, allowed): exact joint law of the next two tokens, all but the first `allowed` tokens forbidden."""
-
-    def law(ids: Tensor) -> Tensor:
+def joint_law(model: MTPForCausalLM, prompt: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:
+    """(WORDS,) * NEW, fp64: the exact law of the next NEW tokens, from plain forwards."""
+    texts, law = prompt, torch.ones(1, dtype=torch.double)
+    for _ in range(NEW):
         with torch.no_grad():
-            logits = model.base.lm(ids, attention_mask=torch.ones_like(ids)).logits[:, -1, :allowed]
-        return torch.softmax(logits.double() / temperature, -1)
-
-    first = law(prompt)[0]
-    longer = torch.cat([prompt.expand(allowed, -1), torch.arange(allowed)[:, None]], dim=1)
-    return first[:, None] * law(longer)
-
-
-class Only(LogitsProcessor):
-    """Forbids all but the first n tokens."""
-
-    def __init__(self, n: int) -> None:
-        self.n = n
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return scores.masked_fill(torch.arange(scores.shape[-1]) >= self.n, -torch.inf)
+            logits = model.base.lm(texts, attention_mask=torch.ones_like(texts)).logits[:, -1]
+        each = torch.softmax(logits.double() / temperature, -1)
+        likeliest = each.sort(descending=True)
+        before = likeliest.values.cumsum(-1) - likeliest.values  # of the likelier ones
+        each = each.masked_fill((before >= top_p).gather(-1, likeliest.indices.argsort()), 0)
+        law = (law[:, None] * each / each.sum(-1, keepdim=True)).flatten()
+        every = torch.arange(WORDS).repeat(len(texts))[:, None]
+        texts = torch.cat([texts.repeat_interleave(WORDS, 0), every], dim=1)
+    return law.view((WORDS,) * NEW)
 
 
 def chi_square_p(counts: Tensor, law: Tensor) -> float:
-    """Upper tail of the chi-square of counts against a law, by the Wilson-Hilferty approximation."""
-    expected = law.flatten() * counts.sum()
-    statistic = float(((counts.flatten() - expected) ** 2 / expected).sum())
+    """Upper tail of the chi-square of counts against a law, by the Wilson-Hilferty approximation.
+
+    Cells that should hold fewer than 5 are taken together; 0 if a cell holds what the law forbids.
+    """
+    counts, expected = counts.flatten().double(), law.flatten() * counts.sum()
+    if counts[expected == 0].any():
+        return 0.0
+    rare = expected < 5
+    counts, expected = (torch.cat([each[~rare], each[rare].sum()[None]]) for each in (counts, expected))
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    statistic = float(((counts - expected) ** 2 / expected).sum())
     degrees = expected.numel() - 1
     z = ((statistic / degrees) ** (1 / 3) - (1 - 2 / (9 * degrees))) / math.sqrt(2 / (9 * degrees))
     return 0.5 * math.erfc(z / math.sqrt(2))
 
 
-def draw_pairs(model: MTPForCausalLM, prompt: Tensor, draws: int, temperature: float, drafts: str) -> Tensor:
-    allowed = 5
-    counts = torch.zeros(allowed, allowed, dtype=torch.double)
-    for start in range(0, draws, 500):
-        out = model.generate_batch(
-            [prompt[0].tolist()] * 500,
-            max_new_tokens=2,
-            temperature=temperature,
-            seed=start,
-            drafts=drafts,
-            logits_processor=LogitsProcessorList([Only(allowed)]),
-        )
-        for row in out:
-            counts[row.token_ids[0], row.token_ids[1]] += 1
-    return counts
+@dataclass(frozen=True)
+class Scripted:
+    """A drafter that reads its drafts off texts (BATCH, LENGTH), whatever the model says."""
+
+    texts: Tensor
+
+    def __call__(
+        self,
+        latents: Tensor,
+        first: Tensor,
+        sequences: Sequence[int],
+        places: Sequence[int],
+        logits: Tensor | None = None,
+    ) -> tuple[Tensor, None]:
+        columns = torch.tensor(places)[:, None] + torch.arange(latents.shape[1])
+        return self.texts[torch.tensor(sequences)[:, None], columns.clamp(max=LENGTH - 1)], None
 
 
-@pytest.mark.parametrize(("temperature", "drafts"), [(1.0, "best"), (0.6, "drawn")])
-def test_joint_law_of_two_tokens(temperature: float, drafts: str) -> None:
-    model, prompt = small_vocabulary(drafts), random_prompt(6)
-    counts = draw_pairs(model, prompt, 4000, temperature, drafts)
-    assert chi_square_p(counts, law_of_two(model, prompt, temperature, 5)) > 0.001
+def decode(
+    model: MTPForCausalLM, prompt: Tensor, config: DecodeConfig, picker: Picker, drafter: Scripted | None = None
+) -> tuple[Tensor, int]:
+    """BATCH continuations (BATCH, LENGTH) of one prompt, and how many drafts were accepted."""
+    texts: list[list[int]] = [[] for _ in range(BATCH)]
+    accepted = 0
+    for batch in loop.steps(model, [prompt[0]] * BATCH, config, picker, drafter=drafter):
+        for step in batch:
+            texts[step.sequence] += step.tokens
+            accepted += step.accepted
+    return torch.tensor(texts), accepted
 
 
-def test_a_wrong_acceptance_rule_fails_the_law(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Holding a draft that is merely among the two likeliest tokens must be found out."""
-    model, prompt = small_vocabulary("best"), random_prompt(6)
-    original = loop.pick_choices
+def draw(
+    model: MTPForCausalLM,
+    prompt: Tensor,
+    drafter: str,
+    picker: type[Picker] = Picker,
+    draws: int = 20_000,
+    **settings: Any,
+) -> tuple[Tensor, float]:
+    """Counts (WORDS,) * NEW of so many texts, and accepted drafts per text.
 
-    def lenient(picker: Picker, logits: Tensor, running: list[loop.Running], drafts: Tensor) -> Tensor:
-        choices = original(picker, logits, running, drafts)
-        choices[:, 0] = torch.where(choices[:, 0] == 1, logits[:, 0, :5].argmax(-1), choices[:, 0])
+    Drafters: own, the random adapter's, which is bad; oracle, always what the base will pick; adversary, never that.
+    """
+    counts, accepted = torch.zeros(WORDS**NEW), 0
+    for seed in range(draws // BATCH):
+        config = DecodeConfig(max_new_tokens=LENGTH, seed=seed, **settings)
+        script = None
+        if drafter != "own":
+            plain, _ = decode(model, prompt, replace(config, strategy="autoregressive"), Picker(config))
+            script = Scripted(plain if drafter == "oracle" else (plain + 1) % WORDS)
+        texts, held = decode(model, prompt, config, picker(config), script)
+        counts += torch.bincount((texts[:, :NEW] * WORDS ** torch.arange(NEW - 1, -1, -1)).sum(1), minlength=WORDS**NEW)
+        accepted += held
+    return counts.view((WORDS,) * NEW), accepted / draws
+
+
+LAWS: list[tuple[str, dict[str, Any]]] = [
+    ("own", {"temperature": 1.0}),
+    ("own", {"temperature": 0.6, "drafts": "drawn", "strategy": "linear"}),
+    ("oracle", {"temperature": 1.0, "top_p": 0.8}),
+    ("adversary", {"temperature": 1.5, "top_p": 0.9, "strategy": "linear"}),
+]
+
+
+@pytest.mark.parametrize(("drafter", "settings"), LAWS)
+def test_joint_law_of_three_tokens(small_vocabulary: MTPForCausalLM, drafter: str, settings: dict[str, Any]) -> None:
+    prompt = torch.tensor([[3, 1, 4, 1, 5]])
+    counts, accepted = draw(small_vocabulary, prompt, drafter, **{"strategy": "quadratic", **settings})
+    law = joint_law(small_vocabulary, prompt, settings["temperature"], settings.get("top_p", 1.0))
+    assert chi_square_p(counts, law) > 0.001
+    # The first step has no draft at hand and the last token is never one: two of LENGTH can be.
+    assert {"oracle": accepted == 2, "adversary": accepted == 0}.get(drafter, 0 < accepted < 2)
+
+
+class WrongRule(Picker):
+    """Looks at the drafts, which it finds in the texts before the later places, and holds more of them than it may."""
+
+    @property
+    def reads_text(self) -> bool:
+        return True
+
+    def pick(
+        self, logits: Tensor, sequences: Sequence[int], places: Sequence[int], texts: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        choices = super().pick(logits, sequences, places, texts)
+        law = torch.softmax(self.scores(logits, texts), -1)
+        for row, place in enumerate(places[1:]):
+            if texts is not None and place == places[row] + 1 and sequences[row + 1] == sequences[row]:
+                draft = texts[row + 1][-1]
+                choices[row] = draft if self.holds(float(law[row, draft])) else choices[row]
         return choices
 
-    monkeypatch.setattr(loop, "pick_choices", lenient)
-    counts = draw_pairs(model, prompt, 4000, 1.0, "best")
-    assert chi_square_p(counts, law_of_two(model, prompt, 1.0, 5)) < 1e-6
+    def holds(self, probability: float) -> bool:
+        raise NotImplementedError
+
+
+class Plausible(WrongRule):
+    """Holds whatever is likely enough, as lossy schemes do."""
+
+    def holds(self, probability: float) -> bool:
+        return probability > 0.2
+
+
+class NoResidual(WrongRule):
+    """Holds a draft with its probability, rightly, but a rejected one may be drawn again."""
+
+    def holds(self, probability: float) -> bool:
+        return float(torch.rand(())) < probability
+
+
+@pytest.mark.parametrize("rule", [Plausible, NoResidual])
+def test_a_wrong_acceptance_rule_fails_the_law(small_vocabulary: MTPForCausalLM, rule: type[Picker]) -> None:
+    prompt = torch.tensor([[3, 1, 4, 1, 5]])
+    torch.manual_seed(0)
+    counts, _ = draw(small_vocabulary, prompt, "own", rule, 6000, temperature=1.0, strategy="quadratic")
+    assert chi_square_p(counts, joint_law(small_vocabulary, prompt, 1.0)) < 1e-6
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
@@ -142,10 +240,7 @@ def test_picker_draws_from_the_warped_distribution(settings: dict[str, float]) -
     drawn = picker.pick(logits.expand(len(places), -1), [0] * len(places), places, [text] * len(places))
     scores = picker.warpers(None, picker.processors(text[None], logits.clone()))
     law = torch.softmax(scores.double(), -1)[0]
-    allowed = law > 0
-    counts = torch.bincount(drawn, minlength=12).double()
-    assert counts[~allowed].sum() == 0
-    assert chi_square_p(counts[allowed], law[allowed]) > 0.001
+    assert chi_square_p(torch.bincount(drawn, minlength=12), law) > 0.001
 
 
 def test_repetition_penalty_in_greedy_decoding_equals_generate() -> None:
@@ -159,8 +254,10 @@ def test_repetition_penalty_in_greedy_decoding_equals_generate() -> None:
         assert ours.token_ids == out[0, 9:].tolist()
 
 
-def test_drawn_drafts_are_accepted_more_often_than_independent_ones_would_be() -> None:
-    model, known = fitted("llama")
+def test_drawn_drafts_are_accepted_more_often_than_independent_ones_would_be(
+    accepting: tuple[MTPForCausalLM, Tensor],
+) -> None:
+    model, known = accepting
     best, drawn = (
         model.generate(input_ids=known, max_new_tokens=150, temperature=1.0, drafts=drafts).acceptance_rate
         for drafts in ("best", "drawn")

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from safetensors import SafetensorError
 
+from foretell import checkpoint
 from foretell.cli import main
 from foretell.commands.train import merge_settings
 from foretell.errors import ForetellError
@@ -104,3 +106,34 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     assert "give the same command with --resume" in capsys.readouterr().err
     assert main([*arguments, "--resume", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["trained_steps"] == 4
+
+
+def test_a_disk_that_fills_up_leaves_the_last_checkpoint(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second checkpoint meets a full disk; once there is room, training goes on as if nothing had happened."""
+    real, written = checkpoint.save_file, 0
+
+    def fills_up(tensors: dict[str, Any], path: str) -> None:
+        nonlocal written
+        real(tensors, path)
+        written += Path(path).stat().st_size
+        if written > room:
+            Path(path).write_bytes(Path(path).read_bytes()[:100])
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    every_step = [*arguments, "--checkpoint-every", "1"]
+    room = 10**9
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", fills_up)
+        assert main(every_step) == 0
+        room = written // 2
+        written = 0
+        whole = (tmp_path / "out").rename(tmp_path / "whole")
+        assert main(every_step) == 2
+    assert "free some space" in capsys.readouterr().err.splitlines()[-1]
+    step = json.loads((tmp_path / "out" / "checkpoint" / "state.json").read_text())["step"]
+    assert 1 <= step < 4
+    assert main([*every_step, "--resume"]) == 0
+    name = checkpoint.WEIGHTS_FILE
+    assert (tmp_path / "out" / name).read_bytes() == (whole / name).read_bytes()

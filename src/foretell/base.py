@@ -26,6 +26,8 @@ class Base(nn.Module):
             raise ForetellError(
                 f"{type(lm).__name__} has no embedding or no output layer, so foretell can't add masks to it"
             )
+        # Llama 4's text model looks for its decoder under a name that only its multimodal one has, and finds itself.
+        self.decoder = lm.base_model if lm.base_model is not lm else getattr(lm, "model", lm)
         self.text_config = lm.config.get_text_config()
         self.vocab_size = int(self.head.weight.shape[0])
         self.d_model = int(self.head.weight.shape[1])
@@ -58,7 +60,7 @@ class Base(nn.Module):
         cache: Cache | None = None,
     ) -> Tensor:
         """(B, Q, E) -> z (B, Q, D), after the final norm. Without a mask: causal over what is cached."""
-        out = self.lm.base_model(
+        out = self.decoder(
             inputs_embeds=embeddings,
             position_ids=positions,
             attention_mask=mask,
@@ -69,7 +71,9 @@ class Base(nn.Module):
 
     def unembed(self, latents: Tensor) -> Tensor:
         """(..., D) -> logits (..., V), with the scale or soft cap of those bases that have one."""
-        logits = self.head(latents)
+        # A product with a slice of more dimensions than two takes the slow way on a CPU in bfloat16: 16 times as long.
+        rows = latents.flatten(0, -2) if latents.ndim > 2 else latents
+        logits = self.head(rows).view(*latents.shape[:-1], -1)
         config = self.text_config
         if scale := getattr(config, "logit_scale", None):  # Cohere
             logits = logits * scale
@@ -83,7 +87,7 @@ class Base(nn.Module):
     def blocks(self) -> nn.ModuleList:
         """The stack of transformer blocks: the module list as long as the configuration says."""
         count = self.text_config.num_hidden_layers
-        for module in self.lm.base_model.modules():
+        for module in self.decoder.modules():
             if isinstance(module, nn.ModuleList) and len(module) == count:
                 return module
         raise ForetellError(f"{type(self.lm).__name__} has no list of {count} blocks, so foretell can't adapt it")

@@ -1,16 +1,17 @@
 """Low-rank adapters that touch mask rows only (method.md section 2).
 
 Each adapted module of the base gets a forward hook that adds s·B·A·x to the rows of the gate's slice. The base's module
-tree, state dict and code stay as they are, and with the gate closed the hook returns at once: regular rows never
-pass through extra arithmetic, so they are bit-identical to the base's. The gate is a selection, not a multiplication.
+tree, state dict and code stay as they are, and a forward without masks meets no hook, or one that returns at once.
+Regular rows never pass through extra arithmetic, so they are bit-identical to the base's: the gate is a selection, not
+a multiplication.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,74 +35,125 @@ class LowRank(nn.Module):
         return F.linear(F.linear(x, self.a.to(x.dtype)) * self.scale, self.b.to(x.dtype))  # scaled where it is narrow
 
     def add_to(self, out: Tensor, x: Tensor) -> None:
-        """out (n, d_out) += s·B·A·x (n, d_in), in place: half the kernel launches of `forward`, for inference."""
-        out.addmm_(x @ self.a.t(), self.b.t(), alpha=self.scale)
+        """out (B, n, d_out) += s·B·A·x (B, n, d_in), in place: fewer kernel launches than `forward`, for inference."""
+        if len(x) == 1:
+            out[0].addmm_(x[0] @ self.a.t(), self.b.t(), alpha=self.scale)
+        else:
+            narrow = x.flatten(0, 1) @ self.a.t()
+            out.add_((narrow @ self.b.t()).view(out.shape), alpha=self.scale)
+
+
+class Target(NamedTuple):
+    """A module to adapt: rows of d_in go in, rows of d_out come out."""
+
+    module: nn.Module
+    d_in: int
+    d_out: int
 
 
 class GatedLoRA(nn.Module):
-    """Adapters on the linear-like modules of a base.
+    """Adapters on modules of a base.
 
     `gated=False` is standard LoRA: every row of every forward is adapted, so the base's answers change (a baseline).
 
-    Raises ForetellError if the base has no linear-like module of known size to adapt.
+    Raises ForetellError if there is no module to adapt.
     """
 
-    def __init__(self, targets: dict[str, nn.Module], rank: int, alpha: float, gated: bool = True) -> None:
+    def __init__(self, targets: dict[str, Target], rank: int, alpha: float, gated: bool = True) -> None:
         super().__init__()
         if not targets:
             raise ForetellError("no linear layer was found inside the base's blocks, so there is nothing to adapt")
         self.gated = gated
         # Names hold dots, which ModuleDict refuses; the state dict maps back and forth.
         self.adapters = nn.ModuleDict()
+        self._hooks: list[Any] = []
         self._handles: list[RemovableHandle] = []
         self._regular: int | None = None  # rows before the gate's slice; None: the gate is closed
         self._width = 0
-        for name, module in targets.items():
-            adapter = LowRank(*linear_shape(module), rank, alpha / rank)
-            self.adapters[name.replace(".", "/")] = adapter
-            self._handles.append(module.register_forward_hook(self._hook(adapter)))
+        self._targets = [module for module, _, _ in targets.values()]  # a list: the base's modules stay the base's
+        for name, (_, d_in, d_out) in targets.items():
+            self.adapters[name.replace(".", "/")] = LowRank(d_in, d_out, rank, alpha / rank)
+        if not gated:
+            self.attach()
 
     def _hook(self, adapter: LowRank) -> Any:
-        def add_low_rank(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            if not self.gated:
-                return output + adapter(args[0])
-            if self._regular is None:
+        a, b, scale = adapter.a.detach().t(), adapter.b.detach().t(), adapter.scale
+
+        def add_low_rank(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            regular = self._regular
+            if self.gated and regular is None:
                 return None
-            return self._adapt_rows(adapter, args[0], output)
+            x = args[0]
+            # Decoding one sequence, as `_adapt` does it, in as little Python as can be: every linear of every step.
+            alone = regular and x.ndim == 3 and x.shape[:2] == (1, self._width) and isinstance(output, Tensor)
+            if alone and not torch.is_grad_enabled():
+                output[0, regular:].addmm_(x[0, regular:] @ a, b, alpha=scale)
+                return None
+            if isinstance(output, tuple):  # a mixture may return its router's scores too
+                return self._adapt(adapter, args[0], output[0]), *output[1:]
+            return self._adapt(adapter, args[0], output)
 
         return add_low_rank
 
-    def _adapt_rows(self, adapter: LowRank, x: Tensor, output: Tensor) -> Tensor:
-        regular, width = self._regular, self._width
-        if regular == 0:
-            return output + adapter(x)
-        if x.ndim != 3:
-            # Some bases (OPT) flatten batch and rows before a linear; slicing those would hit regular tokens.
-            if x.ndim != 2 or x.shape[0] % width:
-                raise ForetellError(f"an adapted layer got {tuple(x.shape)}, not a whole number of {width}-row steps")
-            adapted = self._adapt_rows(
-                adapter, x.view(-1, width, x.shape[-1]), output.view(-1, width, output.shape[-1])
-            )
-            return adapted.view(output.shape)
-        if x.shape[1] != width:
-            raise ForetellError(f"an adapted layer got {x.shape[1]} rows in a step of {width}")
+    def _adapt(self, adapter: LowRank, x: Tensor, output: Tensor) -> Tensor:
+        regular = self._regular
+        if not self.gated or regular == 0:
+            return output + adapter(x).view_as(output)
+        rows, out = self._by_step(x), self._by_step(output)
         if torch.is_grad_enabled():
-            return torch.cat([output[:, :regular], output[:, regular:] + adapter(x[:, regular:])], dim=1)
-        for sequence in range(x.shape[0]):
-            adapter.add_to(output[sequence, regular:], x[sequence, regular:])
+            return torch.cat([out[:, :regular], out[:, regular:] + adapter(rows[:, regular:])], dim=1).view_as(output)
+        adapter.add_to(out[:, regular:], rows[:, regular:])
         return output
+
+    def _by_step(self, rows: Tensor) -> Tensor:
+        """(B, width, d) as it is; some bases (OPT) flatten batch and rows: (B·width, d) -> (B, width, d), a view.
+
+        Raises ForetellError for anything else: slicing it would hit regular tokens.
+        """
+        width = self._width
+        if rows.ndim == 2 and rows.shape[0] % width == 0:
+            return rows.view(-1, width, rows.shape[-1])
+        if rows.ndim != 3 or rows.shape[1] != width:
+            raise ForetellError(f"an adapted layer got {tuple(rows.shape)}, not a whole number of {width}-row steps")
+        return rows
 
     @contextmanager
     def open(self, regular: int, width: int) -> Iterator[None]:
-        """Within this context the adapter acts on rows `regular`..`width` of every forward of `width` rows."""
-        self._regular, self._width = (regular, width) if regular < width else (None, 0)
+        """Within this context the adapter acts on rows `regular`..`width` of every forward of `width` rows.
+
+        The hooks stay until a forward without masks or `remove`: a module with a hook, even an idle one, is called
+        the slow way, which a small base feels at every token.
+        """
+        if regular < width:
+            self.attach()
+            self._regular, self._width = regular, width
+        elif self.gated:
+            self.remove()
         try:
             yield
         finally:
             self._regular = None
 
+    def attach(self) -> None:
+        """Puts the hooks on the base, if they are not there."""
+        if not self._handles:
+            if not self._hooks:
+                self._hooks = [self._hook(cast(LowRank, adapter)) for adapter in self.adapters.values()]
+            pairs = zip(self._targets, self._hooks, strict=True)
+            self._handles = [module.register_forward_hook(hook) for module, hook in pairs]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Moved or cast: the hooks hold views of the parameters' old memory.
+        attached = bool(self._handles)
+        self.remove()
+        self._hooks.clear()
+        super()._apply(fn, recurse)
+        if attached:
+            self.attach()
+        return self
+
     def remove(self) -> None:
-        """Takes the hooks off the base again."""
+        """Takes the hooks off the base; the next forward with masks brings them back."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -126,10 +178,33 @@ def is_linear(module: nn.Module) -> bool:
     return has_sizes or type(module).__name__ == "Conv1D"
 
 
+# Modules by the names that transformers gives them. What experts get are rows sorted by expert, of which a slice is not
+# the mask rows; kv_b_proj (DeepSeek) runs over the whole cached prefix at every step; routers only choose.
+NOT_ADAPTED = {"experts", "router", "gate", "shared_expert_gate", "kv_b_proj"}
+
+
 def adapted_linears(blocks: nn.ModuleList) -> dict[str, nn.Module]:
-    """The linear-like modules of the base's blocks by name ('3.mlp.up_proj'); routers of mixtures are left out."""
+    """The linear-like modules of the base's blocks by name ('3.mlp.up_proj') that see one row per token of a step."""
     found = {}
     for name, module in blocks.named_modules():
-        if is_linear(module) and not any(part in ("router", "gate") for part in name.split(".")):
+        if is_linear(module) and NOT_ADAPTED.isdisjoint(name.split(".")):
             found[name] = module
     return found
+
+
+def mixtures(blocks: nn.ModuleList) -> dict[str, nn.Module]:
+    """The mixtures of experts by name ('3.mlp'): whatever holds experts and is not itself inside of one."""
+    return {
+        name: module
+        for name, module in blocks.named_modules()
+        if "experts" in dict(module.named_children()) and NOT_ADAPTED.isdisjoint(name.split("."))
+    }
+
+
+def adapted_modules(blocks: nn.ModuleList, d_hidden: int) -> dict[str, Target]:
+    """Everything to adapt: the linears, and each mixture of experts as a whole, from its input to its output.
+
+    The experts' weights are packed and their rows sorted, so one adapter serves them all: d_hidden -> d_hidden.
+    """
+    targets = {name: Target(module, *linear_shape(module)) for name, module in adapted_linears(blocks).items()}
+    return targets | {name: Target(module, d_hidden, d_hidden) for name, module in mixtures(blocks).items()}

@@ -14,7 +14,7 @@ from foretell.attention import AttentionMask, additive, attention_mask, is_windo
 from foretell.base import Base
 from foretell.config import MTPConfig
 from foretell.errors import ForetellError
-from foretell.gated_lora import GatedLoRA, adapted_linears
+from foretell.gated_lora import GatedLoRA, adapted_modules
 from foretell.layout import Layout
 from foretell.sampler import SamplerHead
 from foretell.support import check_supported, self_test
@@ -45,7 +45,10 @@ class MTPModel(nn.Module):
             vectors = torch.randn(config.masks, base.d_embedding) * std
         self.mask_vectors = nn.Parameter(vectors, requires_grad=config.masks_trainable)
         self.adapter = GatedLoRA(
-            adapted_linears(base.blocks), config.rank, config.alpha, gated=config.adapter == "gated"
+            adapted_modules(base.blocks, base.text_config.hidden_size),
+            config.rank,
+            config.alpha,
+            gated=config.adapter == "gated",
         )
         self.sampler: SamplerHead | None = None
         if config.sampler != "none":
@@ -116,14 +119,19 @@ def _additive_visible(layout: Layout, device: torch.device, dtype: torch.dtype) 
     return additive(layout.visible, dtype).to(device)
 
 
-def step_attention(layouts: Sequence[Layout], lengths: Sequence[int], base: Base) -> tuple[Tensor, AttentionMask]:
+def step_attention(
+    layouts: Sequence[Layout], lengths: Sequence[int], base: Base
+) -> tuple[Tensor, AttentionMask | None]:
     """Position ids (B, Q) and additive masks (B, 1, Q, longest + Q) of a step over a ragged cache.
 
-    Row b's new columns lie behind its own `lengths[b]` kept ones; what lies beyond them belongs to no one.
+    Row b's new columns lie behind its own `lengths[b]` kept ones; what lies beyond them belongs to no one. No mask
+    where everything is seen: with one, sdpa would copy keys and values for grouped heads.
     """
     device, dtype, longest = base.device, base.dtype, max(lengths)
     if min(lengths) == longest and len(set(layouts)) == 1 and not is_windowed(base.text_config):
         positions = (on_device(layouts[0], device).position_offsets + longest).expand(len(layouts), -1)
+        if layouts[0].width == 1:
+            return positions, None
         mask = nn.functional.pad(_additive_visible(layouts[0], device, dtype), (longest, 0))
         mask = mask.expand(len(layouts), 1, -1, -1)
         types = getattr(base.text_config, "layer_types", None)
