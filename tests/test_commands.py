@@ -13,6 +13,7 @@ import transformers as hf
 import foretell
 from foretell import cli
 from foretell.decoding import generate as generate_module
+from foretell.evaluation import bench as bench_module
 from foretell.evaluation import prompts as prompts_module
 
 from .saved import character_tokenizer, save_base, save_model
@@ -109,27 +110,63 @@ def test_chat(saved: Path, tmp_path: Path, capsys: Captured) -> None:
 def test_bench_as_json_on_the_packaged_sets(capsys: Captured, tmp_path: Path) -> None:
     output = tmp_path / "report.json"
     succeed("bench", "--json", "--limit", 2, "--masks", "1,4", "--strategies", "quadratic", "--rounds", 1,
-            "--max-new-tokens", 8, "--output", output)  # fmt: skip
+            "--prompt-lookup", "2,3", "--max-new-tokens", 8, "--output", output)  # fmt: skip
     out, err = capsys.readouterr()
     values = json.loads(out)
     assert err == "" and json.loads(output.read_text()) == values
-    assert set(values["sets"]) == {"problems", "code"} and values["model"] == "embedded"
-    for part in values["sets"].values():
-        assert [(row["method"], row["masks"]) for row in part["rows"]] == [
-            ("huggingface generate", 0), ("autoregressive", 0), ("quadratic", 1), ("quadratic", 4)
+    assert [cell["set"] for cell in values["cells"]] == ["problems", "code"] and values["model"] == "embedded"
+    for cell in values["cells"]:
+        assert [(row["method"], row["masks"], row["lookup"]) for row in cell["rows"]] == [
+            ("huggingface generate", 0, 0), ("prompt lookup", 0, 2), ("prompt lookup", 0, 3), ("autoregressive", 0, 0),
+            ("quadratic", 1, 0), ("quadratic", 4, 0)
         ]  # fmt: skip
-        assert all(row["identical"] for row in part["rows"]) and part["prompts"] == 2
+        assert all(row["identical"] for row in cell["rows"]) and cell["prompts"] == 2
 
 
 def test_bench_in_words(saved: Path, capsys: Captured, tmp_path: Path) -> None:
     file = tmp_path / "mine.txt"
     file.write_text("one\ntwo\n")
-    succeed(
-        "bench", "--model", saved, "--prompts", file, "--masks", "2", "--rounds", 1, "--max-new-tokens", 8, "--no-hf"
-    )
+    few = ("--masks", "2", "--strategies", "linear", "--rounds", 1, "--max-new-tokens", 8)
+    succeed("bench", "--model", saved, "--prompts", file, *few, "--no-hf")
     out = generated(capsys)
     assert "mine: 2 prompts" in out and "plain decoding" in out and "huggingface" not in out
-    assert "tokens per step" in out and "output identical" in out
+    sentence = " ".join(out.split())
+    assert "tokens per step" in out and "output identical; " in sentence and "% of 4-grams repeat" in sentence
+
+
+def test_a_sweep_with_a_draft_model_and_a_picture(saved: Path, capsys: Captured, tmp_path: Path) -> None:
+    file, output, picture = tmp_path / "mine.txt", tmp_path / "report.json", tmp_path / "report.png"
+    file.write_text("one\ntwo\n")
+    arguments = ("bench", "--model", saved, "--prompts", file, "--draft-model", saved.parent / "base", "--masks", 2,
+                 "--strategies", "linear", "--rounds", 1, "--max-new-tokens", 4, "--output", output)  # fmt: skip
+    succeed(*arguments, "--batch", "1,2", "--temperature", "0,1", "--context", 6, "--plot", picture)
+    out, err = capsys.readouterr()
+    assert err == "" and picture.read_bytes().startswith(b"\x89PNG")
+    for title in ("mine, context 6: 2 prompts", "mine, batch 2, temperature 1, context 6: 2 prompts"):
+        assert title in out
+    lines = [line.split() for line in out.splitlines() if line.startswith("assisted ")]
+    assert len(lines) == 4 and [line[-1] for line in lines[:2]] == ["identical", "–"]
+    assert [line[-3:] for line in lines[2:]] == [["batch", "1", "only"]] * 2
+    before = json.loads(output.read_text())["cells"]
+    succeed(*arguments, "--batch", "4,1", "--context", 6, "--resume", "--json")
+    cells = json.loads(generated(capsys))["cells"]
+    assert [cell["batch"] for cell in cells] == [4, 1, 1, 2, 2]
+    assert [cell for cell in cells if cell["batch"] < 4] == before
+
+
+def test_an_interrupted_bench_says_where_to_go_on(
+    saved: Path, capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object, output: Path, **settings: object) -> None:
+        output.write_text("a finished part")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench_module, "bench", interrupted)
+    file = tmp_path / "mine.txt"
+    file.write_text("one\n")
+    code = cli.main(["bench", "--model", str(saved), "--prompts", str(file), "--output", str(tmp_path / "r.json")])
+    out, err = capsys.readouterr()
+    assert code == 130 and out == "" and "r.json; --resume goes on from there" in err
 
 
 @pytest.mark.usefixtures("embedded")
@@ -187,6 +224,17 @@ def test_bad_generate(options: str, named: str, saved: Path, capsys: Captured) -
         ("--limit 0", "limit must be at least 1"),
         ("--prompts absent.jsonl", "there is no file absent.jsonl"),
         ("--output absent/report.json", "there is no directory absent"),
+        ("--plot absent/report.png", "there is no directory absent"),
+        ("--plot report.txt", "it must end in .png, .svg, .pdf"),
+        ("--batch 0", "batch must be at least 1"),
+        ("--batch 1.5", "--batch takes whole numbers"),
+        ("--temperature hot", "--temperature takes numbers"),
+        ("--temperature=-1", "temperature must be at least 0"),
+        ("--context 0", "context must be at least 1"),
+        ("--context 400", "the prompt is too long"),
+        ("--prompt-lookup 0", "prompt_lookup must be at least 1"),
+        ("--draft-model ./absent", "there is no base at"),
+        ("--resume", "give output too"),
     ],
 )
 def test_bad_bench(options: str, named: str, saved: Path, tmp_path: Path, capsys: Captured) -> None:

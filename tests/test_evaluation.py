@@ -1,161 +1,20 @@
-"""Prompt sets, exact answers, and the comparison of decoding methods."""
+"""Prompt sets, exact answers, and text as it comes."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import transformers as hf
 
-from foretell.decoding import loop
 from foretell.decoding.text import TextStream
 from foretell.errors import ForetellError
 from foretell.evaluation.answers import answer_in, exact_answers
-from foretell.evaluation.bench import bench, default_masks
-from foretell.evaluation.measure import HUGGINGFACE, Method, Run, count, first_difference, huggingface_generate
-from foretell.evaluation.prompts import load_prompts, read_records
-from foretell.evaluation.report import in_words
+from foretell.evaluation.prompts import load_prompts, read_records, to_context
 
-from .models import random_prompt, reference, tiny_model
 from .saved import character_tokenizer
-
-
-def prompts(*lengths: int) -> list[Any]:
-    return [random_prompt(n, seed=n)[0].tolist() for n in lengths]
-
-
-def test_rows_agree_with_each_other_and_with_generate() -> None:
-    model = tiny_model(masks=3)
-    calls: list[tuple[int, int, str]] = []
-    report = bench(
-        model,
-        {"one": prompts(5, 9), "two": prompts(1)},
-        masks=(1, 3),
-        max_new_tokens=24,
-        rounds=2,
-        on_progress=lambda *call: calls.append(call),
-    )
-    names = [str(row.method) for row in report.sets["one"]]
-    assert names == ["huggingface generate", "plain decoding", "linear with 1 mask", "linear with 3 masks",
-                     "quadratic with 1 mask", "quadratic with 3 masks"]  # fmt: skip
-    assert [call[0] for call in calls] == list(range(1, len(calls) + 1))
-    assert calls[-1][:2] == (calls[0][1],) * 2 == (6 * (1 + 2 * 2) + 6 * (1 + 2),) * 2
-    for name, size in (("one", 2), ("two", 1)):
-        for row in report.sets[name]:
-            counts = row.counts
-            assert row.identical and row.difference is None
-            assert counts.tokens == 24 * size
-            assert sum(counts.acceptance_histogram) == counts.steps
-            assert sum(h * (i + 1) for i, h in enumerate(counts.acceptance_histogram)) == counts.tokens
-            assert counts.acceptance_rate == counts.tokens / counts.steps == row.speedup_in_steps
-            assert counts.acceptance_rate_with_prefill == counts.tokens / (counts.steps + size)
-            assert row.seconds.minimum <= row.seconds.median <= row.seconds.maximum
-            assert row.tokens_per_second == pytest.approx(counts.tokens / row.seconds.median)
-            assert row.ms_per_step == pytest.approx(1000 * row.seconds.median / counts.steps)
-            assert len(counts.draft_acceptance) == row.method.masks
-        huggingface, plain = report.sets[name][:2]
-        assert plain.speedup.median == huggingface.speedup_over_huggingface.median == 1.0  # type: ignore[union-attr]
-        assert huggingface.ms_to_first_token is None and plain.ms_to_first_token > 0  # type: ignore[operator]
-        assert report.best(name).speedup.median == max(row.speedup.median for row in report.sets[name][2:])
-        assert "output identical" in report.sentence(name)
-    values = json.loads(json.dumps(report.to_dict()))
-    assert values["threads"] == torch.get_num_threads() and values["dtype"] == "float32"
-    assert values["sets"]["one"]["rows"][2]["method"] == "linear" and values["settings"]["prompts"] == {
-        "one": 2,
-        "two": 1,
-    }
-
-
-@pytest.mark.parametrize("hf_too", [True, False])
-def test_wrong_output_is_found(hf_too: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    def accept_all(drafts: torch.Tensor, choices: torch.Tensor) -> torch.Tensor:
-        return torch.full(drafts.shape[:-1], drafts.shape[-1])
-
-    model = tiny_model(masks=3)
-    monkeypatch.setattr(loop, "accepted_drafts", accept_all)
-    report = bench(model, {"set": prompts(5)}, strategies=["linear"], masks=[3], max_new_tokens=24, rounds=1, hf=hf_too)
-    *baselines, wrong = report.sets["set"]
-    assert all(row.identical for row in baselines) and len(baselines) == 1 + hf_too
-    assert not wrong.identical and wrong.difference is not None
-    expected = reference(model.base.lm, random_prompt(5, seed=5), 24)
-    assert wrong.difference.expected == expected[wrong.difference.position] != wrong.difference.found
-    assert wrong.difference.logit_gap > 0
-    assert "output differs from prompt 1" in report.sentence("set")
-    json.dumps(report.to_dict())
-
-
-def test_first_difference_of_texts_that_end_early() -> None:
-    model, ids = tiny_model(), random_prompt(6)
-    tokens = reference(model.base.lm, ids, 8)
-    assert first_difference(model, [ids], [tokens], [tokens]) is None
-    short = first_difference(model, [ids], [tokens], [tokens[:5]])
-    assert short is not None and (short.position, short.expected, short.found) == (5, tokens[5], None)
-    assert short.logit_gap > 0  # over the best other token
-
-
-def test_the_baseline_ignores_other_wishes_of_the_generation_config() -> None:
-    model, ids = tiny_model(), random_prompt(6)
-    expected = reference(model.base.lm, ids, 40)
-    config = hf.GenerationConfig(repetition_penalty=5.0, eos_token_id=expected[20], do_sample=True, temperature=3.0)
-    model.base.lm.generation_config = config
-    end = expected.index(expected[20]) + 1
-    assert huggingface_generate(model, ids, 40) == expected[:end]
-    assert model.generate(input_ids=ids, max_new_tokens=40).token_ids == expected[:end]
-    assert model.base.lm.generation_config is config
-
-
-def test_counts_of_known_steps() -> None:
-    done = Run(
-        tokens=[[1, 2, 3, 4, 5, 6], [7, 8]],
-        sizes=[[1, 3, 2], [1, 1]],
-        drafts=[[0, 2, 2], [0, 1]],
-        accepted=[[0, 2, 1], [0, 0]],
-    )
-    counts = count(done, 2)
-    assert (counts.tokens, counts.steps) == (8, 5)
-    assert counts.acceptance_histogram == [3, 1, 1]
-    assert counts.draft_acceptance == [2 / 3, 1 / 2]
-    assert counts.acceptance_rate_per_prompt == (2 + 1) / 2
-
-
-@pytest.mark.parametrize(
-    ("settings", "fault"),
-    [
-        ({"rounds": 0}, "rounds must be at least 1"),
-        ({"masks": [0]}, "masks must be at least 1"),
-        ({"masks": [5]}, "masks must be at most 4"),
-        ({"masks": []}, "at least one strategy"),
-        ({"strategies": ["cubic"]}, "strategy must be one of"),
-        ({"strategies": ["autoregressive"]}, "at least one strategy"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
-        ({"max_new_tokens": 1000}, "set, prompt 1: the prompt is too long"),
-    ],
-)
-def test_bad_settings(settings: dict[str, Any], fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model()
-    monkeypatch.setattr(loop, "prefill", None)  # nothing may run
-    with pytest.raises(ForetellError, match=fault):
-        bench(model, {"set": prompts(5)}, **settings)
-
-
-def test_empty_sets() -> None:
-    with pytest.raises(ForetellError, match="at least one set"):
-        bench(tiny_model(), {})
-    with pytest.raises(ForetellError, match="mine holds no prompts"):
-        bench(tiny_model(), {"mine": []})
-
-
-def test_default_masks() -> None:
-    assert default_masks(tiny_model(masks=8)) == (1, 2, 4, 8)
-    assert default_masks(tiny_model(masks=3)) == (1, 2, 3)
-
-
-def test_ratios_in_words() -> None:
-    words = [in_words(r) for r in (1.62, 0.5, 1.0, 1.05)]
-    assert words == ["1.6x faster than", "2.0x slower than", "as fast as", "1.05x faster than"]
 
 
 def test_answers() -> None:
@@ -223,6 +82,20 @@ def test_missing_prompt_files(tmp_path: Path) -> None:
         read_records("problems", limit=0)
 
 
+def test_prompts_of_one_length() -> None:
+    def fitted(length: int, bos: int | None = None) -> list[list[int]]:
+        prompts = [torch.tensor([ids]) for ids in ([9, 1, 2], [9, 3], [9, 4, 5, 6])]
+        return [ids[0].tolist() for ids in to_context(prompts, length, bos)]
+
+    assert fitted(2) == [[1, 2], [9, 3], [5, 6]]
+    assert fitted(5) == [[5, 6, 9, 1, 2], [9, 1, 2, 9, 3], [3, 9, 4, 5, 6]]
+    assert fitted(12)[1] == [2, 9, 3, 9, 4, 5, 6, 9, 1, 2, 9, 3]
+    assert fitted(4, bos=9) == [[9, 6, 1, 2], [9, 1, 2, 3], [9, 4, 5, 6]]
+    assert fitted(1, bos=9) == [[9]] * 3
+    with pytest.raises(ForetellError, match="no text"):
+        to_context([torch.tensor([[9]])], 3, bos=9)
+
+
 def test_pieces_of_text_join_to_the_whole() -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -239,7 +112,3 @@ def test_pieces_of_text_join_to_the_whole() -> None:
     for token in fast("é")["input_ids"][:1]:
         assert half.push(token) == ""
     assert half.flush() == "\ufffd"
-
-
-def test_method_names() -> None:
-    assert str(Method(HUGGINGFACE)) == HUGGINGFACE and str(Method("quadratic", 1)) == "quadratic with 1 mask"

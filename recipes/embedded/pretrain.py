@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
-LENGTH, BATCH, MINUTES = 512, 12, 65.0
+LENGTH, BATCH, MINUTES = 512, 12, 55.0
 CODE_SHARE = 0.43  # of the rows
 MUON_RATE, ADAM_RATE = 0.02, 3e-3
 WARM_UP = 0.01

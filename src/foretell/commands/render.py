@@ -1,4 +1,4 @@
-"""How steps and reports look on a terminal, in a file and in a picture."""
+"""How steps, and the progress of long work, look on a terminal."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, RenderableType
-from rich.table import Table
+from rich.console import Console
 from rich.text import Text
 
 if TYPE_CHECKING:
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
 
     from foretell.decoding.generate import Generation, MTPForCausalLM
     from foretell.decoding.loop import Step
-    from foretell.evaluation.report import Report, Row, Spread
 
 HUES = ("dark_cyan", "dark_orange3")  # readable on dark and on light backgrounds
 PLAIN_WIDTH = 110  # columns where no terminal says
@@ -109,61 +107,6 @@ def summary(generation: Generation) -> str:
     return (
         f"{g.new_tokens} tokens in {g.steps} steps, {g.acceptance_rate:.2f} tokens per step; "
         f"{g.seconds:.2f} s, {g.tokens_per_second:.0f} tokens per second; {how}"
-    )
-
-
-def report_renderables(report: Report, width: int) -> Iterator[RenderableType]:
-    """Per prompt set a table and a sentence."""
-    for name in report.sets:
-        yield report_table(report, name, width)
-        yield Text.assemble((f"{name}: ", "bold"), report.sentence(name))
-        yield ""
-
-
-def report_table(report: Report, name: str, width: int) -> Table:
-    """The rows of a set, best one highlighted; narrow terminals get fewer columns."""
-    count, best, wide = report.settings["prompts"][name], report.best(name), width >= 100
-    title = (
-        f"{name}: {count} prompt{'s' if count > 1 else ''}, up to {report.settings['max_new_tokens']} new tokens each"
-    )
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
-    table.add_column("method")
-    columns = ["tokens/step", "tokens/s", *(["ms/step"] if wide else []), "vs plain", "vs HF", "output"]
-    for column in columns:
-        table.add_column(column, justify="left" if column == "output" else "right", no_wrap=True)
-    for row in report.sets[name]:
-        table.add_row(*_cells(row, wide), style="bold green" if row is best else "")
-    return table
-
-
-def _cells(row: Row, wide: bool) -> list[str]:
-    cells = [str(row.method), f"{row.counts.acceptance_rate:.2f}", f"{row.tokens_per_second:.0f}"]
-    if wide:
-        cells.append(f"{row.ms_per_step:.2f}")
-    cells += [_ratio(row.speedup, wide), _ratio(row.speedup_over_huggingface, False)]
-    return [*cells, "identical" if row.identical else "differs"]
-
-
-def _ratio(spread: Spread | None, with_range: bool) -> str:
-    if spread is None:
-        return "-"
-    text = f"{spread.median:.2f}x"
-    return (
-        f"{text} ({spread.minimum:.2f}-{spread.maximum:.2f})"
-        if with_range and spread.minimum != spread.maximum
-        else text
-    )
-
-
-def machine(report: Report) -> str:
-    """What the seconds hold for."""
-    e = report.environment
-    threads = f", {e['threads']} thread{'s' if e['threads'] > 1 else ''}" if e["device"] == "cpu" else ""
-    rounds = report.settings["rounds"]
-    return (
-        f"{e['device']} ({e['device_name']}{threads}), {e['dtype']}, torch {e['torch']}; "
-        f"median of {rounds} round{'s' if rounds > 1 else ''} in alternation; "
-        "vs plain, vs HF: how many times faster than plain decoding and than Hugging Face generate()"
     )
 
 

@@ -14,12 +14,11 @@ from foretell.commands.render import (
     LiveText,
     bar_of,
     generate_live,
-    machine,
     progress_bar,
-    report_renderables,
     stdout_console,
     summary,
 )
+from foretell.commands.tables import machine, report_renderables
 from foretell.evaluation.bench import bench
 from foretell.evaluation.prompts import load_prompts
 
@@ -87,9 +86,17 @@ class Show:
         self.say("")
         few = sorted({k for k in (2, 4) if k < self.masks} | {self.masks})
         with progress_bar() as on_progress:
-            new = self.max_new_tokens
-            report = bench(self.model, self.sets, masks=few, max_new_tokens=new, rounds=rounds, on_progress=on_progress)
-        for part in report_renderables(report, self.console.width):
+            report = bench(
+                self.model,
+                self.sets,
+                strategies=("linear", "quadratic"),
+                masks=few,
+                prompt_lookup=(),
+                max_new_tokens=self.max_new_tokens,
+                rounds=rounds,
+                on_progress=on_progress,
+            )
+        for part in report_renderables(report, min(self.console.width, PICTURE_WIDTH)):
             self.say(part)
         self.say(machine(report), style="dim")
 

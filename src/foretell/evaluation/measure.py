@@ -4,52 +4,73 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from foretell.decoding.generate import MTPForCausalLM, repeated_ngram_share
+from foretell.decoding.generate import MTPForCausalLM
+from foretell.decoding.generation import repeated_ngram_share
 from foretell.decoding.loop import Step
+from foretell.decoding.pick import Picker
 from foretell.errors import ForetellError
-from foretell.evaluation.prompts import Prompt
+from foretell.evaluation.baselines import Decoded, huggingface_generate
+from foretell.evaluation.methods import ASSISTED, AUTOREGRESSIVE, HUGGINGFACE, Method
+from foretell.evaluation.prompts import Prompt, to_context
 
-HUGGINGFACE = "huggingface generate"
-AUTOREGRESSIVE = "autoregressive"
-
-
-@dataclass(frozen=True)
-class Method:
-    """A row of a comparison: `name` is HUGGINGFACE or a strategy; masks is 0 where none are used."""
-
-    name: str
-    masks: int = 0
-    use_sampler: bool = True
-
-    def __str__(self) -> str:
-        if not self.masks:
-            return "plain decoding" if self.name == AUTOREGRESSIVE else self.name
-        return f"{self.name} with {self.masks} mask{'s' if self.masks > 1 else ''}"
+__all__ = [
+    "AUTOREGRESSIVE", "HUGGINGFACE", "Counts", "Difference", "Method", "Run",
+    "count", "encode_prompts", "first_difference", "run",
+]  # fmt: skip
 
 
 @dataclass
 class Run:
-    """What one pass produced; each list has an entry per prompt. Seconds include prefill."""
+    """What one pass produced: the first four lists have an entry per prompt, the last two one per batch."""
 
     tokens: list[list[int]] = field(default_factory=list)
     sizes: list[list[int]] = field(default_factory=list)  # tokens of every step
     drafts: list[list[int]] = field(default_factory=list)  # drafts that every step verified
     accepted: list[list[int]] = field(default_factory=list)  # and those of them that held
-    seconds: float = 0.0
-    first_token_seconds: list[float] = field(default_factory=list)  # empty for HUGGINGFACE, which returns all at once
+    seconds: float = 0.0  # prefill included
+    first_token_seconds: list[float] = field(default_factory=list)  # until the first step had given its tokens
+    steps: list[int] = field(default_factory=list)  # forwards of a whole batch, prefill not counted
+
+    def add(self, batch: Decoded) -> None:
+        self.tokens += batch.tokens
+        self.sizes += batch.sizes
+        self.drafts += batch.drafts
+        self.accepted += batch.accepted
+        self.seconds += batch.seconds
+        self.first_token_seconds.append(batch.first_token_seconds)
+        self.steps.append(batch.steps)
+
+    @property
+    def seconds_per_token(self) -> float:
+        return self.seconds / sum(map(len, self.tokens))
+
+    @property
+    def decode_seconds(self) -> float:
+        """After the first token."""
+        return self.seconds - sum(self.first_token_seconds)
+
+    @property
+    def decode_tokens(self) -> int:
+        """Those that the first step did not give."""
+        return sum(sum(sizes[1:]) for sizes in self.sizes)
+
+    @property
+    def decode_steps(self) -> int:
+        """Forwards after the first of every batch."""
+        return sum(self.steps) - len(self.steps)
 
 
 @dataclass(frozen=True)
 class Counts:
-    """The steps of a run. Rates are tokens per model step, over all prompts together."""
+    """The steps of a run. Rates are tokens per model step of a sequence, over all prompts together."""
 
     tokens: int
     steps: int
@@ -57,9 +78,7 @@ class Counts:
     acceptance_rate_with_prefill: float
     acceptance_rate_per_prompt: float  # mean over prompts, each weighing the same
     acceptance_histogram: list[int]  # [h]: steps that yielded h + 1 tokens
-    draft_acceptance: list[
-        float
-    ]  # [j]: of the steps that verified more than j drafts, the share whose first j + 1 held
+    draft_acceptance: list[float]  # [j]: of the steps that verified over j drafts, the share whose first j + 1 held
     repeated_4gram_share: float  # mean over prompts
 
     def to_dict(self) -> dict[str, Any]:
@@ -67,19 +86,31 @@ class Counts:
 
 
 def encode_prompts(
-    model: MTPForCausalLM, prompts: Sequence[Prompt], max_new_tokens: int, name: str = "prompts"
+    model: MTPForCausalLM,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    name: str = "prompts",
+    context: int | None = None,
 ) -> list[Tensor]:
-    """(1, n) int64 each. Raises ForetellError naming the set and the prompt that is empty or does not fit."""
+    """(1, n) int64 each; with `context`, all of that length (`prompts.to_context`).
+
+    Raises ForetellError naming the set and the prompt that is empty or does not fit.
+    """
     encoded = []
     for number, prompt in enumerate(prompts, 1):
         try:
-            ids = model.encode(prompt) if isinstance(prompt, str) else model.encode(None, prompt)
+            encoded.append(model.encode(prompt) if isinstance(prompt, str) else model.encode(None, prompt))
+        except ForetellError as error:
+            raise ForetellError(f"{name}, prompt {number}: {error}") from None
+    if not encoded:
+        raise ForetellError(f"{name} holds no prompts")
+    if context is not None:
+        encoded = to_context(encoded, context, getattr(model.tokenizer, "bos_token_id", None))
+    for number, ids in enumerate(encoded, 1):
+        try:
             model.steps(input_ids=ids, max_new_tokens=max_new_tokens)  # checks the length; runs nothing yet
         except ForetellError as error:
             raise ForetellError(f"{name}, prompt {number}: {error}") from None
-        encoded.append(ids)
-    if not encoded:
-        raise ForetellError(f"{name} holds no prompts")
     return encoded
 
 
@@ -88,78 +119,88 @@ def run(
     prompts: Sequence[Tensor],
     method: Method,
     max_new_tokens: int,
-    on_prompt: Callable[[], None] = lambda: None,
+    on_batch: Callable[[], None] = lambda: None,
+    *,
+    batch: int = 1,
+    temperature: float = 0.0,
+    seed: int = 0,
+    draft_model: PreTrainedModel | None = None,
 ) -> Run:
-    """Decodes every prompt, (1, n) int64, one after another."""
+    """Decodes prompts, (1, n) int64 each, `batch` of them side by side at a time; `draft_model` is for ASSISTED."""
     result = Run()
-    for ids in prompts:
-        start = time.perf_counter()
-        if method.name == HUGGINGFACE:
-            tokens = huggingface_generate(model, ids, max_new_tokens)
-            seconds = time.perf_counter() - start
-            steps, drafts, accepted = [1] * len(tokens), [0] * len(tokens), [0] * len(tokens)
+    for start in range(0, len(prompts), batch):
+        ids = prompts[start : start + batch]
+        if method.of_transformers:
+            drafting = draft_model if method.name == ASSISTED else None
+            lookup = method.lookup
+            decoded = huggingface_generate(
+                model, ids, max_new_tokens, temperature=temperature, seed=seed, lookup=lookup, draft_model=drafting
+            )
         else:
-            settings: dict[str, Any] = {
-                "strategy": method.name,
-                "masks": method.masks or None,
-                "use_sampler": method.use_sampler,
-            }
-            done: list[Step] = []
-            for step in model.steps(input_ids=ids, max_new_tokens=max_new_tokens, **settings):
-                if not done:
-                    result.first_token_seconds.append(time.perf_counter() - start)
-                done.append(step)
-            seconds = time.perf_counter() - start
-            tokens = [token for step in done for token in step.tokens]
-            steps = [len(step.tokens) for step in done]
-            drafts, accepted = [step.layout.regular - 1 for step in done], [step.accepted for step in done]
-        result.seconds += seconds
-        result.tokens.append(tokens)
-        result.sizes.append(steps)
-        result.drafts.append(drafts)
-        result.accepted.append(accepted)
-        on_prompt()
+            decoded = _decode(model, ids, method, max_new_tokens, temperature, seed)
+        result.add(decoded)
+        on_batch()
     return result
 
 
-def huggingface_generate(model: MTPForCausalLM, ids: Tensor, max_new_tokens: int) -> list[int]:
-    """The base's own greedy `generate()`, gate closed: the new token ids, with the stop id if it was reached."""
-    with _plain_greedy(model), torch.inference_mode():
-        out = model.base.lm.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-        )
-    return out[0, ids.shape[1] :].tolist()
+def _decode(
+    model: MTPForCausalLM, batch: Sequence[Tensor], method: Method, max_new_tokens: int, temperature: float, seed: int
+) -> Decoded:
+    """With our own loop."""
+    settings: dict[str, Any] = {
+        "strategy": method.name,
+        "masks": method.masks or None,
+        "use_sampler": method.use_sampler,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "seed": seed,
+    }
+    config = model.decode_config(settings)
+    sequences: list[list[Step]] = [[] for _ in batch]
+    first_token, steps = 0.0, 0
+    start = time.perf_counter()
+    for done in model._steps(batch, config, Picker(config)):
+        first_token = first_token or time.perf_counter() - start
+        steps += 1
+        for step in done:
+            sequences[step.sequence].append(step)
+    seconds = time.perf_counter() - start
+    drafts = [_drafts_verified(own, max_new_tokens) for own in sequences]
+    return Decoded(
+        tokens=[[token for step in own for token in step.tokens] for own in sequences],
+        sizes=[[len(step.tokens) for step in own] for own in sequences],
+        drafts=drafts,
+        # In a batch more drafts may hold than the sequence had room for.
+        accepted=[
+            [min(step.accepted, d) for step, d in zip(own, counts, strict=True)]
+            for own, counts in zip(sequences, drafts, strict=True)
+        ],
+        steps=steps,
+        seconds=seconds,
+        first_token_seconds=first_token,
+    )
 
 
-@contextmanager
-def _plain_greedy(model: MTPForCausalLM) -> Iterator[None]:
-    """Sets aside whatever else the base's generation config asks for, such as a repetition penalty."""
-    from transformers import GenerationConfig
-
-    lm = model.base.lm
-    kept = lm.generation_config
-    stop = sorted(model.stop_ids())
-    # Nothing is padded with one sequence, but generate() warns without a pad token.
-    lm.generation_config = GenerationConfig(eos_token_id=stop or None, pad_token_id=stop[0] if stop else 0)
-    try:
-        yield
-    finally:
-        lm.generation_config = kept
+def _drafts_verified(steps: Sequence[Step], max_new_tokens: int) -> list[int]:
+    """How many drafts each step of a sequence verified; in a batch its layout may hold filler behind them."""
+    counts, at_hand, remaining = [], 0, max_new_tokens
+    for step in steps:
+        counts.append(min(at_hand, step.layout.regular - 1))
+        remaining -= len(step.tokens)
+        block = step.layout.block_rows(step.accepted)
+        at_hand = 0 if block is None else min(block.stop - block.start, remaining - 1)
+    return counts
 
 
 def count(done: Run, masks: int) -> Counts:
-    """The steps of a run of a method with `masks` masks."""
+    """The steps of a run of a method with `masks` masks, or of one that drafts without any."""
     sizes = [size for steps in done.sizes for size in steps]
     drafts = [number for steps in done.drafts for number in steps]
     accepted = [number for steps in done.accepted for number in steps]
-    tokens, prompts = sum(sizes), len(done.tokens)
+    tokens, prompts, most = sum(sizes), len(done.tokens), max(masks, *drafts)
     histogram = Counter(sizes)
     draft_acceptance = []
-    for j in range(1, masks + 1):
+    for j in range(1, most + 1):
         held = [a >= j for a, d in zip(accepted, drafts, strict=True) if d >= j]
         draft_acceptance.append(sum(held) / len(held) if held else 0.0)
     return Counts(
@@ -168,7 +209,7 @@ def count(done: Run, masks: int) -> Counts:
         acceptance_rate=tokens / len(sizes),
         acceptance_rate_with_prefill=tokens / (len(sizes) + prompts),
         acceptance_rate_per_prompt=sum(sum(steps) / len(steps) for steps in done.sizes) / prompts,
-        acceptance_histogram=[histogram[size] for size in range(1, masks + 2)],
+        acceptance_histogram=[histogram[size] for size in range(1, most + 2)],
         draft_acceptance=draft_acceptance,
         repeated_4gram_share=sum(map(repeated_ngram_share, done.tokens)) / prompts,
     )
@@ -206,22 +247,3 @@ def first_difference(
         two = other if other is not None else next(token for token in best if token != one)
         return Difference(index, position, first, other, float(logits[one] - logits[two]))
     return None
-
-
-def check_methods(
-    model: MTPForCausalLM,
-    strategies: Sequence[str],
-    masks: Sequence[int],
-    max_new_tokens: int,
-    use_sampler: bool = True,
-) -> list[Method]:
-    """Every strategy with every number of masks. Raises ForetellError for one that the model can't do."""
-    strategies = list(dict.fromkeys(s for s in strategies if s != AUTOREGRESSIVE))  # which is always measured
-    methods = [Method(strategy, k, use_sampler) for strategy in strategies for k in dict.fromkeys(masks)]
-    if not methods:
-        raise ForetellError(
-            "nothing to compare with plain decoding: give at least one strategy and one number of masks"
-        )
-    for method in methods:
-        model.decode_config({"strategy": method.name, "masks": method.masks, "max_new_tokens": max_new_tokens})
-    return methods

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from foretell.errors import ForetellError
 
@@ -76,6 +80,28 @@ def prompts_path(source: str | Path) -> Path:
 def set_name(source: str | Path) -> str:
     """What a report calls the set: the packaged name, or the file's name without its ending."""
     return str(source) if str(source) in NAMES else Path(source).stem
+
+
+def to_context(prompts: Sequence[Tensor], length: int, bos: int | None = None) -> list[Tensor]:
+    """Every prompt (1, n) int64 as one of exactly `length` tokens, (1, length), for sweeps over the context.
+
+    A longer prompt is cut from the left; a shorter one has the prompts before it in the set in front of it, from the
+    end again where the set begins. A begin-of-text token `bos` stays in front.
+    Raises ForetellError if there is nothing to fill up with.
+    """
+    bodies = [ids[:, 1:] if bos is not None and ids[0, 0] == bos else ids for ids in prompts]
+    if not any(body.shape[1] for body in bodies):
+        raise ForetellError("the prompts hold no text to fill a context with")
+    fitted = []
+    for number, (ids, own) in enumerate(zip(prompts, bodies, strict=True)):
+        lead = ids[:, : ids.shape[1] - own.shape[1]]
+        wanted = length - lead.shape[1]
+        earlier, body = number, own
+        while body.shape[1] < wanted:
+            earlier -= 1
+            body = torch.cat([bodies[earlier % len(bodies)], body], dim=1)
+        fitted.append(torch.cat([lead, body[:, body.shape[1] - wanted :]], dim=1))
+    return fitted
 
 
 def _record(line: str, path: Path, number: int) -> dict[str, Any]:

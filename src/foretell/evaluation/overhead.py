@@ -1,0 +1,262 @@
+"""Where the time and the memory of a decoding step go: the base's own forward, and everything else."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foretell.config import DecodeConfig
+from foretell.decoding import loop
+from foretell.decoding.draft import Drafter, SamplerDrafter
+from foretell.decoding.generate import MTPForCausalLM
+from foretell.decoding.pick import Picker
+from foretell.errors import ForetellError
+from foretell.evaluation.step_cost import StepBench, alternate, now
+from foretell.layout import quadratic
+from foretell.model import MTPModel, step_attention
+
+FORWARD, UNEMBED, DRAFT = "forward", "unembed", "draft"
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes. `working` is what decoding took at its peak beyond the weights, the cache included."""
+
+    base: int
+    adapter: int  # all parameters of ours
+    cache: int
+    working: int
+
+    @property
+    def ratio(self) -> float:
+        """Peak over base + adapter + cache."""
+        return (self.base + self.adapter + self.working) / (self.base + self.adapter + self.cache)
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """Quadratic steps of the real loop. Milliseconds are medians over steps; the share is the median of the steps'.
+
+    On CUDA every part waits for the device, so that nothing overlaps.
+    """
+
+    masks: int
+    shortlist: int
+    context: int
+    steps: int
+    step_ms: float
+    forward_ms: float  # the base's blocks over all rows, the adapter's work in them included
+    adapter_ms: float  # of it, measured apart: the same forward with the gate open, less with it closed
+    unembed_ms: float  # the base's logits at the regular rows
+    draft_ms: float  # the sampler chain
+    rest_ms: float  # masks and positions, embedding, verification, bookkeeping
+    outside_share: float  # of the step, what neither forward nor unembed took
+    outside_share_strict: float  # the same, with adapter and unembed counted as outside
+    memory: Memory | None  # None where it can't be measured
+
+    def to_dict(self) -> dict[str, Any]:
+        values = asdict(self)
+        if self.memory:
+            values["memory"]["ratio"] = self.memory.ratio
+        return values
+
+
+class Stopwatch:
+    """Seconds spent in named sections since the last `take`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._spent: dict[str, float] = {}
+        self._start = now(device)
+        self._open: str | None = None
+
+    @contextmanager
+    def section(self, name: str) -> Iterator[None]:
+        """Within another section nothing is counted: its time belongs to that one."""
+        if self._open:
+            yield
+            return
+        self._open, start = name, now(self.device)
+        try:
+            yield
+        finally:
+            self._open = None
+            self._spent[name] = self._spent.get(name, 0.0) + now(self.device) - start
+
+    def take(self) -> tuple[float, dict[str, float]]:
+        """Seconds in all and by section since the last call."""
+        end = now(self.device)
+        result = end - self._start, self._spent
+        self._start, self._spent = end, {}
+        return result
+
+
+class TimedDrafter:
+    """Another drafter on the stopwatch."""
+
+    def __init__(self, drafter: Drafter, watch: Stopwatch) -> None:
+        self.drafter = drafter
+        self.watch = watch
+
+    def __call__(
+        self,
+        latents: Tensor,
+        first: Tensor,
+        sequences: Sequence[int],
+        places: Sequence[int],
+        logits: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        with self.watch.section(DRAFT):
+            return self.drafter(latents, first, sequences, places, logits)
+
+
+@contextmanager
+def watched(model: MTPModel, watch: Stopwatch) -> Iterator[None]:
+    """Puts the base's blocks and its unembedding on the stopwatch."""
+    handles, sections = [], []
+    for module, name in ((model.base.decoder, FORWARD), (model.base.head, UNEMBED)):
+
+        def enter(*_: Any, name: str = name) -> None:
+            sections.append(watch.section(name))
+            sections[-1].__enter__()
+
+        def leave(*_: Any) -> None:
+            sections.pop().__exit__(None, None, None)
+
+        handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def overhead(
+    model: MTPForCausalLM, *, masks: int = 4, shortlist: int = 0, context: int = 256, steps: int = 24, rounds: int = 10
+) -> Overhead:
+    """Profiles quadratic decoding of one random prompt of `context` tokens.
+
+    The adapter should be untrained: hardly a draft then holds, and every token is one step.
+    Raises ForetellError for settings that do not fit the model, or too few steps for one in full width.
+    """
+    new = steps + 2 * masks + 2
+    config = model.decode_config(
+        {"strategy": "quadratic", "masks": masks, "shortlist": shortlist, "max_new_tokens": new}
+    )
+    prompt = torch.randint(0, model.base.vocab_size, (context,), generator=torch.Generator().manual_seed(0))
+    prompt = prompt.to(model.base.device)
+    with measured_peak(model.base.device) as peak:
+        for _ in loop.steps(model, [prompt], config, Picker(config)):
+            pass
+    taken = profiled_steps(model, prompt, config, masks)
+    if not taken:
+        raise ForetellError(f"no step of {steps} had its full width; profile more steps, or an untrained adapter")
+    adapter = adapter_seconds(model, masks, context, rounds)
+    parts = {name: [spent.get(name, 0.0) for _, spent in taken] for name in (FORWARD, UNEMBED, DRAFT)}
+    totals = [total for total, _ in taken]
+    inside = [forward + unembed for forward, unembed in zip(parts[FORWARD], parts[UNEMBED], strict=True)]
+    rest = [total - own - made for total, own, made in zip(totals, inside, parts[DRAFT], strict=True)]
+    base = [forward - adapter for forward in parts[FORWARD]]
+    return Overhead(
+        masks=masks,
+        shortlist=shortlist,
+        context=context,
+        steps=len(taken),
+        step_ms=milliseconds(totals),
+        forward_ms=milliseconds(parts[FORWARD]),
+        adapter_ms=1000 * adapter,
+        unembed_ms=milliseconds(parts[UNEMBED]),
+        draft_ms=milliseconds(parts[DRAFT]),
+        rest_ms=milliseconds(rest),
+        outside_share=statistics.median(1 - own / total for own, total in zip(inside, totals, strict=True)),
+        outside_share_strict=statistics.median(1 - own / total for own, total in zip(base, totals, strict=True)),
+        memory=memory(model, context + new + (masks + 1) ** 2, peak),
+    )
+
+
+def milliseconds(seconds: Sequence[float]) -> float:
+    return 1000 * statistics.median(seconds)
+
+
+def profiled_steps(
+    model: MTPForCausalLM, prompt: Tensor, config: DecodeConfig, masks: int
+) -> list[tuple[float, dict[str, float]]]:
+    """Seconds in all and by part of every step at its full width."""
+    watch, picker = Stopwatch(model.base.device), Picker(config)
+    drafter = TimedDrafter(SamplerDrafter(model, config, picker), watch)
+    taken = []
+    with watched(model, watch):
+        for (step,) in loop.steps(model, [prompt], config, picker, drafter=drafter):
+            spent = watch.take()
+            if step.layout == quadratic(masks, masks):
+                taken.append(spent)
+    return taken
+
+
+@torch.inference_mode()
+def adapter_seconds(model: MTPModel, masks: int, context: int, rounds: int) -> float:
+    """What the open gate adds to a quadratic step's forward."""
+    bench, layout = StepBench(model, context), quadratic(masks, masks)
+    rows = bench.ids(layout.width)
+
+    def closed() -> Tensor:
+        positions, mask = step_attention([layout], bench.lengths, model.base)
+        return model.base.latents(model.base.embed(rows), positions, mask, bench.cache)
+
+    found = alternate({"open": lambda: bench.forward(layout), "closed": closed}, bench.device, rounds)
+    return statistics.median(o - c for o, c in zip(found["open"], found["closed"], strict=True))
+
+
+def memory(model: MTPModel, columns: int, peak: list[int]) -> Memory | None:
+    """For a cache of that many columns; None if no peak was measured."""
+    if not peak:
+        return None
+    config = model.base.text_config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = model.base.dtype.itemsize
+    return Memory(
+        base=sum(p.numel() * p.element_size() for p in model.base.parameters()),
+        adapter=sum(p.numel() * p.element_size() for p in model.own_parameters().values()),
+        cache=2 * config.num_hidden_layers * heads * width * columns * size,
+        working=peak[0],
+    )
+
+
+@contextmanager
+def measured_peak(device: torch.device) -> Iterator[list[int]]:
+    """The list then holds the bytes allocated at the peak beyond those before; it stays empty where none can tell.
+
+    On a CPU they are the process's resident pages, which Linux counts.
+    """
+    peak: list[int] = []
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield peak
+        peak.append(torch.cuda.max_memory_allocated(device) - before)
+        return
+    try:
+        CLEAR.write_text("5", encoding="ascii")  # the peak starts anew from what is resident now
+        before = resident("VmRSS")
+    except OSError:
+        yield peak
+        return
+    yield peak
+    peak.append(resident("VmHWM") - before)
+
+
+def resident(key: str) -> int:
+    """Bytes of an entry of this process's status. Raises OSError where there is none."""
+    for line in STATUS.read_text(encoding="ascii").splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"{STATUS} has no {key}")
