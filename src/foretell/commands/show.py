@@ -84,12 +84,11 @@ class Show:
         self.say("")
         self.say("The same prompts again, by each method in turn, in seconds:")
         self.say("")
-        few = sorted({k for k in (2, 4) if k < self.masks} | {self.masks})
+        few = sorted({max(1, self.masks // 2), self.masks})
         with progress_bar() as on_progress:
             report = bench(
                 self.model,
                 self.sets,
-                strategies=("linear", "quadratic"),
                 masks=few,
                 prompt_lookup=(),
                 max_new_tokens=self.max_new_tokens,

@@ -6,9 +6,8 @@ import hashlib
 import json
 import os
 import platform
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -27,8 +26,10 @@ from foretell.model import MTPModel
 CONTEXT = 256  # tokens in the cache while steps are timed
 REGULAR_WIDTHS = (1, 2, 3, 5, 9)
 MASKED_WIDTHS = (2, 3, 4, 5, 7, 9, 12, 16, 20, 25, 33, 45, 61, 81)
-ROUNDS = 5
+ROUNDS = 7
 BUDGET = 20.0  # seconds; at least two rounds are timed whatever they take
+CHECKED_WIDTHS = (1, 9, 25)  # timed again before a file is believed: it may stem from a busier or quieter hour
+TOLERANCE = 0.15  # of their ratios
 
 
 @dataclass(frozen=True)
@@ -66,17 +67,17 @@ def interpolated(table: dict[int, float], at: NDArray[np.int64]) -> NDArray[np.f
 
 
 def costs(model: MTPModel, config: DecodeConfig, batch: int = 1) -> Costs:
-    """From disk if this model was measured on this machine before, else measured now (seconds to half a minute).
+    """From disk if this model was measured on this machine before and that still holds, else measured now.
+
+    Measuring takes seconds, for a model of billions of parameters on a CPU up to half a minute.
 
     Kept under `$XDG_CACHE_HOME/foretell/costs` (`~/.cache` where that is not set); where that can't be written, the
     next process measures again.
     """
     path = _folder() / f"{_key(model, config, batch)}.json"
-    try:
-        tables = json.loads(path.read_text(encoding="utf-8"))["seconds"]
-        return Costs(**{name: {int(w): float(s) for w, s in table.items()} for name, table in tables.items()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass  # never measured, or a file that is no use: measure
+    kept = _read(path)
+    if kept is not None and _still_true(kept, measure(model, config, batch, CHECKED_WIDTHS)):
+        return kept
     found = measure(model, config, batch)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,6 +87,27 @@ def costs(model: MTPModel, config: DecodeConfig, batch: int = 1) -> Costs:
     except OSError:
         pass
     return found
+
+
+def _read(path: Path) -> Costs | None:
+    """None if there is no file or it is no use."""
+    try:
+        tables = json.loads(path.read_text(encoding="utf-8"))["seconds"]
+        return Costs(**{name: {int(w): float(s) for w, s in table.items()} for name, table in tables.items()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _still_true(kept: Costs, now: Costs) -> bool:
+    """Whether a few widths cost as much beside a plain step as they did."""
+    if not kept.regular.get(1):
+        return False
+    ratios = [
+        (now.masked[width] / now.regular[1]) / (kept.masked[width] / kept.regular[1])
+        for width in now.masked
+        if kept.masked.get(width)
+    ]
+    return len(ratios) == len(now.masked) and all(abs(ratio - 1) < TOLERANCE for ratio in ratios)
 
 
 def _folder() -> Path:
@@ -104,8 +126,11 @@ def _key(model: MTPModel, config: DecodeConfig, batch: int) -> str:
 
 
 @torch.inference_mode()
-def measure(model: MTPModel, config: DecodeConfig, batch: int = 1) -> Costs:
-    """Times steps of every width in turn, so that a disturbance meets them all; medians."""
+def measure(model: MTPModel, config: DecodeConfig, batch: int = 1, widths: Sequence[int] | None = None) -> Costs:
+    """Times steps of every width in turn, so that a disturbance meets them all; lower quartiles.
+
+    With `widths`, only those, and no drafting.
+    """
     masks = config.masks or model.max_masks
     context = CONTEXT if model.base.max_positions is None else min(CONTEXT, model.base.max_positions // 2)
     cache = StaticCache(len(model.base.blocks), context + (masks + 1) ** 2, batch)
@@ -115,8 +140,9 @@ def measure(model: MTPModel, config: DecodeConfig, batch: int = 1) -> Costs:
     room = (masks + 1) ** 2
     if model.base.max_columns is not None:
         room = min(room, model.base.max_columns - context)
-    layouts: dict[tuple[str, int], Layout] = {("regular", w): plain(w) for w in REGULAR_WIDTHS if w <= masks + 1}
-    layouts |= {("masked", w): masked_layout(w, masks) for w in {*MASKED_WIDTHS, room} if 2 <= w <= room}
+    regular, masked = (REGULAR_WIDTHS, (*MASKED_WIDTHS, room)) if widths is None else (widths[:1], widths[1:])
+    layouts: dict[tuple[str, int], Layout] = {("regular", w): plain(w) for w in regular if w <= masks + 1}
+    layouts |= {("masked", w): masked_layout(w, masks) for w in sorted(set(masked)) if 2 <= w <= room}
     latents = prompt.new_zeros((batch, masks, model.base.d_model), dtype=model.base.dtype)
     tasks: dict[tuple[str, int], Callable[[], object]] = {
         key: partial(_step, model, config, layout, cache, batch) for key, layout in layouts.items()
@@ -124,7 +150,7 @@ def measure(model: MTPModel, config: DecodeConfig, batch: int = 1) -> Costs:
     first = prompt[:1].expand(batch)
     logits = model.base.unembed(latents) if reads_along(model, config, 0) else None  # for all: `_step` reads the rest
     shortlist = shortlist_size(model, config.shortlist)
-    for count in sorted({1, (masks + 1) // 2, masks}):
+    for count in sorted({1, (masks + 1) // 2, masks}) if widths is None else ():
         read = None if logits is None else logits[:, :count]
         tasks["drafts", count] = partial(
             draft, model, latents[:, :count], first, config.use_sampler, shortlist, confident=True, logits=read
@@ -142,7 +168,7 @@ def measure(model: MTPModel, config: DecodeConfig, batch: int = 1) -> Costs:
             break
     tables: dict[str, dict[int, float]] = {"regular": {}, "masked": {}, "drafts": {}}
     for (name, width), values in seconds.items():
-        tables[name][width] = statistics.median(values)
+        tables[name][width] = sorted(values)[len(values) // 4]
     return Costs(**tables)
 
 

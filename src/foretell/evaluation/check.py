@@ -118,7 +118,7 @@ def check(
     """
     if batch_size < 1:
         raise ForetellError(f"batch_size must be at least 1, not {batch_size}")
-    settings = {"max_new_tokens": max_new_tokens, "strategy": strategy, "masks": masks}
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "strategy": strategy, "masks": masks}
     config = model.decode_config(settings)
     ids = encode_prompts(model, prompts, max_new_tokens)
     expected = []

@@ -64,15 +64,17 @@ def methods_to_compare(
 ) -> list[Method]:
     """The rows in the order of the table: baselines first, then every strategy with every number of masks.
 
-    Without `masks`, the adaptive strategy has the k of training alone: to it the number is no more than a limit.
+    The adaptive strategy has the largest number alone: to it that is no more than a limit.
     Raises ForetellError for a method that the model can't do.
     """
     drafting = []
     for strategy in dict.fromkeys(STRATEGIES if strategies is None else strategies):
         if strategy == AUTOREGRESSIVE:
             continue
-        usual = (model.max_masks,) if strategy == ADAPTIVE else default_masks(model)
-        drafting += [Method(strategy, k, use_sampler) for k in dict.fromkeys(usual if masks is None else masks)]
+        counts = tuple(default_masks(model) if masks is None else masks)
+        if strategy == ADAPTIVE:
+            counts = counts and (max(counts),)
+        drafting += [Method(strategy, k, use_sampler) for k in dict.fromkeys(counts)]
     if not drafting:
         raise ForetellError(
             "nothing to compare with plain decoding: give at least one strategy and one number of masks"
