@@ -40,8 +40,9 @@ class EverySecondSpoiled(SamplerDrafter):
         sequences: Sequence[int],
         places: Sequence[int],
         logits: Tensor | None = None,
+        floor: float = 0.0,
     ) -> tuple[Tensor, Tensor | None]:
-        drafts, confidences = super().__call__(latents, first, sequences, places, logits)
+        drafts, confidences = super().__call__(latents, first, sequences, places, logits, floor)
         odd = torch.tensor(sequences)[:, None] % 2
         return (drafts + odd) % VOCAB, confidences
 

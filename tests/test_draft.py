@@ -81,3 +81,17 @@ def test_shortlist_never_changes_the_output() -> None:
     prompt = random_prompt(9)
     expected = reference(model.base.lm, prompt, 40)
     assert model.generate(input_ids=prompt, max_new_tokens=40, shortlist=3).token_ids == expected
+
+
+def test_a_chain_ends_below_the_floor() -> None:
+    model = tiny_model()
+    latents = torch.randn(2, 4, model.base.d_model, generator=torch.Generator().manual_seed(0))
+    first = torch.tensor([3, 4])
+    drafts, sure = draft(model, latents, first, confident=True)
+    assert sure is not None
+    reach = sure.cumprod(1).amax(0)  # of the sequence that fares best
+    for made in (1, 2, 3):
+        floor = float(reach[made - 1]) * 1.001
+        early, confidences = draft(model, latents, first, confident=True, floor=floor)
+        assert torch.equal(early, drafts[:, :made]) and torch.equal(confidences, sure[:, :made])
+    assert draft(model, latents, first, confident=True, floor=float(reach[3]) * 0.999)[0].shape == (2, 4)

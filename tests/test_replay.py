@@ -31,7 +31,13 @@ class Counted:
         self.calls = 0
 
     def __call__(
-        self, latents: Tensor, first: Tensor, sequences: object, places: object, logits: Tensor | None = None
+        self,
+        latents: Tensor,
+        first: Tensor,
+        sequences: object,
+        places: object,
+        logits: Tensor | None = None,
+        floor: float = 0.0,
     ) -> tuple[Tensor, Tensor | None]:
         self.calls += 1
         return torch.full(latents.shape[:2], 3), None

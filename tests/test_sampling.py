@@ -123,6 +123,7 @@ class Scripted:
         sequences: Sequence[int],
         places: Sequence[int],
         logits: Tensor | None = None,
+        floor: float = 0.0,
     ) -> tuple[Tensor, None]:
         columns = torch.tensor(places)[:, None] + torch.arange(latents.shape[1])
         return self.texts[torch.tensor(sequences)[:, None], columns.clamp(max=LENGTH - 1)], None

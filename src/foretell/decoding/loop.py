@@ -155,11 +155,13 @@ def draft_blocks(
     running: Sequence[Running],
 ) -> Tensor:
     """latents (B, K, D), and logits if read, of the surviving blocks -> drafts (B, K), NO_DRAFT beyond a block."""
-    most = latents.shape[1]
-    if not most:
+    if not latents.shape[1]:
         return first.new_empty((len(running), 0))
     sequences, places = [row.sequence for row in running], [row.place for row in running]
-    drafts, confidences = drafter(latents, first, sequences, places, logits)
+    drafts, confidences = drafter(latents, first, sequences, places, logits, strategy.floor)
+    most = drafts.shape[1]
+    for row in running:
+        row.drafts = min(row.drafts, most)
     strategy.drafted(running, drafts, confidences)
     if all(row.drafts == most for row in running):
         return drafts

@@ -24,11 +24,14 @@ class Planner:
     and again while decoding goes on.
     """
 
-    def __init__(self, costs: Costs, experience: Experience) -> None:
+    def __init__(self, costs: Costs, experience: Experience, stops_early: bool = False) -> None:
+        """`stops_early`: drafting ends where drafts become unlikely (`floor`); for devices that need no waiting."""
         self.masks = masks = experience.masks
         self.experience = experience
+        self.stops_early, self.floor = stops_early, 0.0
         self.seconds = costs.steps(masks)  # (k+1, k(k+1)+1): of a step by drafts verified and masks hung
-        self.drafting = costs.drafting(masks)  # (k+1,): of the sampler chain by drafts made
+        self._chain = np.diff(costs.drafting(masks))  # (k,): seconds of each draft of the sampler chain
+        self.drafting = costs.drafting(masks)  # (k+1,): expected of a block of n masks
         self.value = np.zeros(masks + 1)
         self.per_token = float(self.seconds[0, 0])
         self._until_solution, self._solve_every = 0, SOLVE_EVERY[0]
@@ -83,6 +86,11 @@ class Planner:
     def solve(self, sweeps: int = SWEEPS) -> None:
         """Relative value iteration over the recent blocks, going on from the last solution (docs/planner.md)."""
         reach = reached(self.experience.recent_chances())
+        if self.stops_early:
+            # A draft is worth a token's seconds times the chance that it is reached, and those after it once more.
+            self.floor = float(self._chain.mean()) / self.per_token / 2
+            made = (reach[:, :-1] >= self.floor).mean(0)
+            self.drafting = np.append(0.0, np.cumsum(self._chain * made))
         tokens = np.cumsum(reach, axis=1)  # (N, k+1) expected of a step that verifies d drafts
         exactly = exact(reach)
         for _ in range(sweeps):

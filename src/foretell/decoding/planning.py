@@ -27,7 +27,8 @@ class Planners:
         """For batches of up to the next power of two; the first of a size may have to time some steps."""
         size = 1 << (sequences - 1).bit_length()
         if size not in self._by_size:
-            self._by_size[size] = Planner(costs(model, self.config, size), self.experience)
+            stops_early = model.base.device.type == "cpu"  # elsewhere each look at a confidence would hold up the queue
+            self._by_size[size] = Planner(costs(model, self.config, size), self.experience, stops_early)
         return self._by_size[size]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -30,6 +30,11 @@ class Running:
 class Strategy(Protocol):
     """What the loop asks and tells, step by step."""
 
+    @property
+    def floor(self) -> float:
+        """Drafts with less chance that all of them hold need not be made."""
+        ...
+
     def layouts(self, running: Sequence[Running]) -> list[Layout]:
         """The next step's layout of every sequence; the loop fills them up to one batch."""
         ...
@@ -49,6 +54,7 @@ class Fixed:
 
     name: str
     masks: int
+    floor: ClassVar[float] = 0.0
 
     def layouts(self, running: Sequence[Running]) -> list[Layout]:
         return [next_layout(self.name, row.drafts, self.masks, row.remaining) for row in running]
@@ -77,12 +83,14 @@ class Adaptive:
     experience: Experience
     open: dict[int, list[OpenBlock]] = field(default_factory=dict)  # by sequence
     at_hand: dict[int, Floats] = field(default_factory=dict)  # log-odds of the confidences of the drafts at hand
+    floor: float = 0.0
 
     def layouts(self, running: Sequence[Running]) -> list[Layout]:
         none = np.zeros(0)
         at_hand = [self.at_hand.get(row.sequence, none)[: row.drafts] for row in running]
         remaining = [row.remaining for row in running]
-        layouts = self.planner(len(running)).layouts(at_hand, remaining)
+        planner = self.planner(len(running))
+        layouts, self.floor = planner.layouts(at_hand, remaining), planner.floor
         return [within(layout, left) for layout, left in zip(layouts, remaining, strict=True)]
 
     def decided(self, row: Running, tokens: Sequence[int]) -> None:

@@ -113,9 +113,10 @@ class TimedDrafter:
         sequences: Sequence[int],
         places: Sequence[int],
         logits: Tensor | None = None,
+        floor: float = 0.0,
     ) -> tuple[Tensor, Tensor | None]:
         with self.watch.section(DRAFT):
-            return self.drafter(latents, first, sequences, places, logits)
+            return self.drafter(latents, first, sequences, places, logits, floor)
 
 
 @contextmanager

@@ -64,6 +64,7 @@ class ReplayDrafter:
         sequences: Sequence[int],
         places: Sequence[int],
         logits: Tensor | None = None,
+        floor: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
         """See `Drafter`: latents (B, K, D), first (B,) -> drafts (B, K) int64, confidences (B, K) fp32.
 
