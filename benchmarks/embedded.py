@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import foretell
+from foretell.checkpoint import write_text
 from foretell.decoding.generate import MTPForCausalLM
 from foretell.errors import ForetellError
 from foretell.evaluation.answers import exact_answers
@@ -121,7 +122,7 @@ def main() -> None:
         result[name] = parts[name]()
         minutes = (time.perf_counter() - start) / 60
         result[name]["run"] = {**environment(model), "minutes": minutes}
-        args.output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", args.output)
         say(f"{name}: {minutes:.1f} minutes; written to {args.output}")
 
 

@@ -3,6 +3,7 @@
 # and the replayed GSM8k profile; then the embedded model's bench in bf16 and fp32. Every result is written as it comes.
 # Another folder for the results, or another model: OUT=folder MODEL=name benchmarks/gpu.sh
 set -uo pipefail
+OUT=${OUT:+$(realpath -m "$OUT")}
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 PYTHON=${PYTHON:-$(test -x .venv/bin/python && echo .venv/bin/python || echo python3)}
@@ -31,7 +32,7 @@ within 240 "$PYTHON" benchmarks/replay.py --shape 8B --device cuda --profile gsm
   --output "$RESULTS/replay_8B_cuda.json"
 # The embedded model as far as time is left: too small to gain much on a GPU, but its outputs are compared there.
 for dtype in bfloat16 float32; do
-  within 90 "$PYTHON" -m foretell bench ${MODEL:+--model "$MODEL"} --device cuda --dtype "$dtype" --rounds 3 --limit 3 \
+  within 90 "$PYTHON" -m foretell bench ${MODEL:+--model "$MODEL"} --device cuda --dtype "$dtype" --rounds 3 --limit 2 --masks 3,8 --prompt-lookup '' \
     --output "$RESULTS/gpu-$dtype.json"
 done
 exit "$failed"

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from foretell.checkpoint import write_text
 from foretell.config import DTYPES, DecodeConfig
 from foretell.decoding import loop
 from foretell.decoding.draft import Drafter, SamplerDrafter, reads_along
@@ -261,7 +262,7 @@ def main() -> None:
             run = {**environment(model), **settings, "prompts": count, "minutes": (time.perf_counter() - start) / 60}
             result.setdefault("cells", {})[key] = {"run": run, "costs": costs, **found}
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            write_text(json.dumps(result, indent=1) + "\n", path)
         console.print(show(f"{args.shape}, {key}", result["cells"][key]))
     say(f"written to {path}")
 

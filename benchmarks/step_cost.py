@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from foretell.checkpoint import write_text
 from foretell.config import DTYPES
 from foretell.decoding.generate import MTPForCausalLM
 from foretell.errors import ForetellError
@@ -125,7 +126,7 @@ def say(line: str) -> None:
 
 def write(path: Path, result: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_text(json.dumps(result, indent=1) + "\n", path)
 
 
 def main() -> None:
@@ -161,6 +162,7 @@ def main() -> None:
             say(f"profile, shortlist {shortlist or 'off'}: done")
         console.print(show_profile(found))
         return
+    result.pop("parts", None)  # of an earlier run, which the new header would claim
     result |= {"shape": args.shape, "batch": args.batch, "run": run, "steps": {}}
     for context in args.contexts:
         result["steps"][str(context)] = measure_steps(model, context, args.batch, args.rounds)

@@ -14,7 +14,7 @@ from foretell.decoding.generate import MTPForCausalLM
 from foretell.errors import ForetellError
 
 from .fitted import fitted
-from .models import tiny_lm
+from .models import random_prompt, tiny_lm, tiny_model
 from .test_stopping import syllable_tokenizer
 from .test_streaming import Recorder
 
@@ -144,3 +144,39 @@ def test_what_it_cannot_do_is_refused(known: Known) -> None:
         model.base.lm.generate(prompt, num_beams=2, **call)
     with pytest.raises(ForetellError, match="leave out output_attentions"):
         model.base.lm.generate(prompt, return_dict_in_generate=True, output_hidden_states=True, **call)
+
+
+def test_processors_that_would_see_something_else_are_refused() -> None:
+    model = tiny_model()
+    ids = torch.cat([random_prompt(6), random_prompt(6, seed=1)])
+    decode = {"custom_generate": model.custom_generate, "max_new_tokens": 6, "do_sample": False}
+    padded = torch.ones_like(ids)
+    padded[0, :3] = 0
+    with pytest.raises(ForetellError, match=r"Min\w+LogitsProcessor counts the padding"):
+        model.base.lm.generate(ids, attention_mask=padded, eos_token_id=1, pad_token_id=0, min_new_tokens=3, **decode)
+    with pytest.raises(ForetellError, match="PrefixConstrained"):
+        model.base.lm.generate(
+            ids, attention_mask=torch.ones_like(ids), prefix_allowed_tokens_fn=lambda row, text: [row], **decode
+        )
+    assert not any(module._forward_hooks for module in model.base.lm.modules())
+
+
+def test_the_base_is_left_without_hooks() -> None:
+    model = tiny_model()
+    steps = model.steps(input_ids=random_prompt(5), max_new_tokens=20, strategy="linear")
+    next(steps)
+    next(steps)
+    assert any(module._forward_hooks for module in model.base.lm.modules())
+    steps.close()
+    assert not any(module._forward_hooks for module in model.base.lm.modules())
+
+
+def test_standard_adapters_decode_alike_with_every_strategy() -> None:
+    """Ungated, the adapter acts on regular rows too: the text is another one, but one."""
+    model = tiny_model(adapter="standard")
+    prompt = random_prompt(7)
+    texts = [
+        model.generate(input_ids=prompt, max_new_tokens=24, strategy=strategy).token_ids
+        for strategy in ("autoregressive", "linear", "quadratic")
+    ]
+    assert texts[0] == texts[1] == texts[2]

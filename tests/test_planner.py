@@ -89,6 +89,19 @@ def test_a_batch_shares_one_shape() -> None:
     assert layouts[0].regular > 1
 
 
+def test_equal_sequences_are_planned_as_one() -> None:
+    """The same costs for the whole batch and the same drafts in every row: the number of rows changes nothing."""
+    experience = Experience(8)
+    for _ in range(32):
+        experience.made(np.full(8, 0.6))
+    planner = Planner(noisy_costs(8, COSTS["135M"], 0.0, np.random.default_rng(0)), experience)
+    planner.solve(300)
+    drafts = logit(np.array([0.9, 0.7, 0.5, 0.5, 0.4]))
+    (alone,) = planner.layouts([drafts], [1000])
+    assert alone.regular > 1 and alone.masks
+    assert planner.layouts([drafts] * 16, [1000] * 16) == [alone] * 16
+
+
 def test_probes_become_rare_but_never_end() -> None:
     experience = Experience(8)
     planner = Planner(noisy_costs(8, COSTS["135M"], 0.0, np.random.default_rng(0)), experience)

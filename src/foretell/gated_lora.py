@@ -36,11 +36,11 @@ class LowRank(nn.Module):
 
     def add_to(self, out: Tensor, x: Tensor) -> None:
         """out (B, n, d_out) += s·B·A·x (B, n, d_in), in place: fewer kernel launches than `forward`, for inference."""
+        a, b = self.a.t().to(x.dtype), self.b.t().to(x.dtype)
         if len(x) == 1:
-            out[0].addmm_(x[0] @ self.a.t(), self.b.t(), alpha=self.scale)
+            out[0].addmm_(x[0] @ a, b, alpha=self.scale)
         else:
-            narrow = x.flatten(0, 1) @ self.a.t()
-            out.add_((narrow @ self.b.t()).view(out.shape), alpha=self.scale)
+            out.add_((x.flatten(0, 1) @ a @ b).view(out.shape), alpha=self.scale)
 
 
 class Target(NamedTuple):
@@ -85,8 +85,8 @@ class GatedLoRA(nn.Module):
                 return None
             x = args[0]
             # Decoding one sequence, as `_adapt` does it, in as little Python as can be: every linear of every step.
-            alone = regular and x.ndim == 3 and x.shape[:2] == (1, self._width) and isinstance(output, Tensor)
-            if alone and not torch.is_grad_enabled():
+            alone = self.gated and regular and x.ndim == 3 and x.shape[:2] == (1, self._width)
+            if alone and isinstance(output, Tensor) and x.dtype == a.dtype and not torch.is_grad_enabled():
                 output[0, regular:].addmm_(x[0, regular:] @ a, b, alpha=scale)
                 return None
             if isinstance(output, tuple):  # a mixture may return its router's scores too

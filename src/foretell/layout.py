@@ -29,7 +29,7 @@ class Layout:
     """R regular tokens followed by all mask blocks: Q = R + M new tokens.
 
     Row r < R is regular token r; then come the rows m1..mk of the first block, of the second, and so on.
-    All derived tensors live on the CPU and are computed once; `on(device)` gives copies for a device.
+    All derived tensors live on the CPU and are computed once.
 
     Raises ForetellError if a block hangs after a token that is not there or holds no mask.
     """

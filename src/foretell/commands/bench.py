@@ -119,7 +119,10 @@ def command(
     for source in sources:
         prompts_path(source)  # a misspelt name shows before the model is loaded
     loaded = load_model(model, base, dtype, device, trust_remote_code)
-    sets = {set_name(s): load_prompts(s, tokenizer=loaded.tokenizer, chat=chat, limit=limit) for s in sources}
+    names = {set_name(s): s for s in sources}
+    if len(names) < len(sources):
+        raise ForetellError("two of the prompt sets have the same name; rename one of the files")
+    sets = {n: load_prompts(s, tokenizer=loaded.tokenizer, chat=chat, limit=limit) for n, s in names.items()}
 
     from foretell.commands.render import progress_bar, stdout_console
     from foretell.commands.tables import machine, report_renderables

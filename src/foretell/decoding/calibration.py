@@ -19,7 +19,7 @@ FIRST_GUESS = 0.6  # confidence of every draft before anything was seen
 
 def logit(confidence: Floats) -> Floats:
     """Clipped log-odds."""
-    p = np.clip(confidence, 1e-9, 1 - 1e-9)
+    p = np.clip(np.nan_to_num(confidence), 1e-9, 1 - 1e-9)  # NaN: half precision overflowed in the sampler
     return np.clip(np.log(p) - np.log1p(-p), -LIMIT, LIMIT)
 
 

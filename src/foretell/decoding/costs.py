@@ -76,7 +76,9 @@ def costs(model: MTPModel, config: DecodeConfig, batch: int = 1) -> Costs:
     """
     path = _folder() / f"{_key(model, config, batch)}.json"
     kept = _read(path)
-    if kept is not None and _still_true(kept, measure(model, config, batch, CHECKED_WIDTHS)):
+    widest = ((config.masks or model.max_masks) + 1) ** 2
+    checked = sorted({min(width, widest) for width in CHECKED_WIDTHS})
+    if kept is not None and _still_true(kept, measure(model, config, batch, checked)):
         return kept
     found = measure(model, config, batch)
     try:
@@ -132,7 +134,9 @@ def measure(model: MTPModel, config: DecodeConfig, batch: int = 1, widths: Seque
     With `widths`, only those, and no drafting.
     """
     masks = config.masks or model.max_masks
-    context = CONTEXT if model.base.max_positions is None else min(CONTEXT, model.base.max_positions // 2)
+    context = CONTEXT
+    if model.base.max_positions is not None:  # a learned table may be short
+        context = max(1, min(CONTEXT, model.base.max_positions - 2 * masks - 2))
     cache = StaticCache(len(model.base.blocks), context + (masks + 1) ** 2, batch)
     prompt = torch.arange(context, device=model.base.device).remainder(model.base.vocab_size)
     model.prefill(prompt.expand(batch, -1), cache)

@@ -21,6 +21,7 @@ from foretell.decoding import hook, loop
 from foretell.decoding.generation import Generation, repeated_ngram_share
 from foretell.decoding.loop import Step
 from foretell.decoding.pick import Picker
+from foretell.decoding.planning import strategy_of
 from foretell.decoding.scores import scores_and_logits
 from foretell.decoding.stopping import Stop, StopStrings
 from foretell.decoding.streaming import Streamer, ended, streamed
@@ -155,9 +156,10 @@ class MTPForCausalLM(MTPModel):
     ) -> list[Generation]:
         picker = Picker(config, processors)
         done: list[list[Step]] = [[] for _ in ids]
+        batches = streamed(streamer, ids[0], self._steps(ids, config, picker, return_scores))
         start = time.perf_counter()
-        for steps in streamed(streamer, ids[0], self._steps(ids, config, picker, return_scores)):
-            for step in steps:
+        for batch in batches:
+            for step in batch:
                 done[step.sequence].append(step)
         seconds = time.perf_counter() - start
         generations = [self.account(own, i.shape[1], seconds, config) for own, i in zip(done, ids, strict=True)]
@@ -202,11 +204,13 @@ class MTPForCausalLM(MTPModel):
         self, ids: Sequence[Tensor], config: DecodeConfig, picker: Picker, keep_logits: bool = False
     ) -> Iterator[list[Step]]:
         for prompt_tokens in {sequence.shape[1] for sequence in ids}:
-            self._check_lengths(prompt_tokens, config)
+            self.check_lengths(prompt_tokens, config)
         prompts = [sequence[0] for sequence in ids]
-        return loop.steps(self, prompts, config, picker, self._stop(config), keep_logits=keep_logits)
+        strategy = strategy_of(self, config, len(prompts))  # here, as it may have to time some steps first
+        return loop.steps(self, prompts, config, picker, self._stop(config), strategy, keep_logits=keep_logits)
 
-    def _check_lengths(self, prompt_tokens: int, config: DecodeConfig) -> None:
+    def check_lengths(self, prompt_tokens: int, config: DecodeConfig) -> None:
+        """Raises ForetellError for a prompt that leaves no room, or with its new tokens exceeds the base's context."""
         new, limit = config.new_tokens(prompt_tokens), self.base.max_positions
         if new < 1:
             raise ForetellError(

@@ -9,14 +9,23 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     EosTokenCriteria,
+    ExponentialDecayLengthPenalty,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
     GenerationConfig,
     LogitsProcessorList,
     MaxLengthCriteria,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
     PreTrainedModel,
     RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
     StopStringCriteria,
+    SuppressTokensAtBeginLogitsProcessor,
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 from transformers.generation import GenerateDecoderOnlyOutput
 
@@ -32,6 +41,16 @@ from foretell.errors import ForetellError
 if TYPE_CHECKING:
     from foretell.decoding.generate import MTPForCausalLM
 
+WITH_MEMORY = (UnbatchedClassifierFreeGuidanceLogitsProcessor, SynthIDTextWatermarkLogitsProcessor)
+BY_ROW = (PrefixConstrainedLogitsProcessor,)
+BY_LENGTH = (
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    ExponentialDecayLengthPenalty,
+    SuppressTokensAtBeginLogitsProcessor,
+)
 SUPPORTED_CRITERIA = (EosTokenCriteria, MaxLengthCriteria, StopStringCriteria)
 
 
@@ -69,6 +88,9 @@ def generate(
         )
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         prompts = [ids[kept.bool()] for ids, kept in zip(input_ids, real, strict=True)]
+        for prompt in prompts:
+            model.check_lengths(len(prompt), config)
+        check_processors(logits_processor, len(prompts), padded=not bool(real.all()))
         eos = [token for c in stopping_criteria if isinstance(c, EosTokenCriteria) for token in c.eos_token_id.tolist()]
         stop = Stop(eos, [completed_string(c) for c in stopping_criteria if isinstance(c, StopStringCriteria)])
         picker = Picker(config, without_padding(logits_processor))
@@ -110,14 +132,33 @@ def check(generation_config: GenerationConfig, stopping_criteria: StoppingCriter
         )
 
 
+def check_processors(processors: LogitsProcessorList, batch: int, padded: bool) -> None:
+    """Raises ForetellError for processors that would see other rows or lengths than in transformers' own loop.
+
+    Ours are called for every verified draft, with one text each and without its padding.
+    """
+    for processor in processors:
+        name = type(processor).__name__
+        if isinstance(processor, WITH_MEMORY) or (batch > 1 and isinstance(processor, BY_ROW)):
+            raise ForetellError(
+                f"custom_generate verifies several tokens of one text at once, which {name} can't follow"
+            )
+        if padded and isinstance(processor, BY_LENGTH):
+            raise ForetellError(
+                f"{name} counts the padding of a batch, which custom_generate leaves out; give prompts of one length"
+            )
+
+
 def completed_string(criterion: StoppingCriteria) -> Condition:
     """transformers' own criterion, which looks at ids alone, as a condition on one text."""
     return lambda text: bool(criterion(torch.tensor([text]), None))
 
 
 def without_padding(processors: LogitsProcessorList) -> LogitsProcessorList:
-    """transformers tells the repetition penalty to pass over the padding; our texts have none."""
+    """transformers tells the repetition penalty how much padding each row has to pass over; our texts have none."""
     return LogitsProcessorList(
-        RepetitionPenaltyLogitsProcessor(p.penalty) if isinstance(p, RepetitionPenaltyLogitsProcessor) else p
+        RepetitionPenaltyLogitsProcessor(p.penalty)
+        if isinstance(p, RepetitionPenaltyLogitsProcessor) and isinstance(p.prompt_ignore_length, Tensor)
+        else p
         for p in processors
     )

@@ -59,7 +59,7 @@ def steps(
     `strategy` is by default the one that `config` names, `drafter` the model's own masks and sampler head.
     """
     masks = config.masks or model.max_masks
-    strategy = strategy or strategy_of(model, config)
+    strategy = strategy or strategy_of(model, config, len(prompts))
     drafter = drafter or SamplerDrafter(model, config, picker)
     stop = stop or Stop()
     limits = [config.new_tokens(len(prompt)) for prompt in prompts]
@@ -69,42 +69,49 @@ def steps(
     running = [Running(number, limits[number], prompt.tolist()) for number, prompt in enumerate(prompts)]
     x = torch.stack([prompt[-1] for prompt in prompts])  # (B,)
     drafts = x.new_empty((len(prompts), 0))  # (B, most drafts), NO_DRAFT where a sequence has fewer
-    while running:
-        layouts = aligned(strategy.layouts(running), masks)
-        if model.base.max_columns is not None and max(cache.lengths) + layouts[0].width > model.base.max_columns:
-            layouts = [plain()] * len(running)
-        regular = layouts[0].regular
-        drafts = drafts[:, : regular - 1]
-        latents = model.step(torch.cat([x[:, None], drafts.clamp(min=0)], dim=1), layouts, cache, cache.lengths)
-        # What the unembedding reads is most of its cost, so few masks are read along with the regular rows.
-        along = reads_along(model, config, layouts[0].masks)
-        logits = model.base.unembed(latents if along else latents[:, :regular])
-        choices = pick_choices(picker, logits[:, :regular], running, drafts)
-        # The step's one synchronisation with the device: accepted counts and the base's choices together.
-        decided = torch.cat([accepted_drafts(drafts, choices)[:, None], choices], dim=1).tolist()
-        done = []
-        for number, (row, layout, (accepted, *chosen)) in enumerate(zip(running, layouts, decided, strict=True)):
-            tokens, ended = stop.cut(row.text, chosen[: min(accepted + 1, row.remaining)])
-            row.remaining = 0 if ended else row.remaining - len(tokens)
-            row.place += len(tokens)
-            row.text += tokens
-            strategy.decided(row, tokens)
-            kept = logits[number, : len(tokens)].to(torch.float32, copy=True) if keep_logits else None
-            done.append(Step(tokens, min(accepted, len(tokens)), layout, row.sequence, kept))
-        yield done
-        accepted = [count for count, *_ in decided]
-        cache.keep([count + 1 for count in accepted])
-        order = leave_finished(running, cache)
-        if order:
-            running = [running[row] for row in order]
-            x = choices[order, [accepted[row] for row in order]]
-            blocks = [layouts[row].block_rows(accepted[row]) for row in order]
-            for row, block in zip(running, blocks, strict=True):
-                row.drafts = 0 if block is None else min(block.stop - block.start, row.remaining - 1)
-            read = surviving(logits[order], blocks) if along else None
-            drafts = draft_blocks(drafter, strategy, surviving(latents[order], blocks), read, x, running)
-        else:
-            running = []
+    try:
+        while running:
+            layouts = aligned(strategy.layouts(running), masks)
+            if model.base.max_columns is not None and max(cache.lengths) + layouts[0].width > model.base.max_columns:
+                layouts = [plain()] * len(running)
+            regular = layouts[0].regular
+            drafts = drafts[:, : regular - 1]
+            latents = model.step(torch.cat([x[:, None], drafts.clamp(min=0)], dim=1), layouts, cache, cache.lengths)
+            # What the unembedding reads is most of its cost, so few masks are read along with the regular rows.
+            along = reads_along(model, config, layouts[0].masks)
+            logits = model.base.unembed(latents if along else latents[:, :regular])
+            choices = pick_choices(picker, logits[:, :regular], running, drafts)
+            # The step's one synchronisation with the device: accepted counts and the base's choices together.
+            decided = torch.cat([accepted_drafts(drafts, choices)[:, None], choices], dim=1).tolist()
+            done = []
+            for number, (row, layout, (accepted, *chosen)) in enumerate(zip(running, layouts, decided, strict=True)):
+                tokens, ended = stop.cut(row.text, chosen[: min(accepted + 1, row.remaining)])
+                row.remaining = 0 if ended else row.remaining - len(tokens)
+                row.place += len(tokens)
+                row.text += tokens
+                strategy.decided(row, tokens)
+                kept = logits[number, : len(tokens)].to(torch.float32, copy=True) if keep_logits else None
+                done.append(Step(tokens, min(accepted, len(tokens)), layout, row.sequence, kept))
+            yield done
+            accepted = [count for count, *_ in decided]
+            cache.keep([count + 1 for count in accepted])
+            order = leave_finished(running, cache)
+            if order:
+                running = [running[row] for row in order]
+                x = choices[order, [accepted[row] for row in order]]
+                blocks = [layouts[row].block_rows(accepted[row]) for row in order]
+                for row, block in zip(running, blocks, strict=True):
+                    row.drafts = 0 if block is None else min(block.stop - block.start, row.remaining - 1)
+                if len(order) < len(done):
+                    latents, logits = latents[order], logits[order]
+                read = surviving(logits, blocks) if along else None
+                drafts = draft_blocks(drafter, strategy, surviving(latents, blocks), read, x, running)
+            else:
+                running = []
+    finally:
+        # Also after an error or half a text: the base goes on without hooks.
+        if model.adapter.gated:
+            model.adapter.remove()
 
 
 def leave_finished(running: list[Running], cache: StaticCache) -> list[int]:
@@ -129,8 +136,8 @@ def pick_choices(picker: Picker, logits: Tensor, running: Sequence[Running], dra
     if picker.reads_text:
         verified = [row.text + own for row, own in zip(running, drafts.clamp(min=0).tolist(), strict=True)]
         ends = [len(row.text) + offset for row in running for offset in range(regular)]
-        whole = [torch.tensor(text, device=logits.device) for text in verified for _ in range(regular)]
-        texts = [text[:end] for text, end in zip(whole, ends, strict=True)]
+        whole = [torch.tensor(text, device=logits.device) for text in verified]
+        texts = [whole[number // regular][:end] for number, end in enumerate(ends)]
     return picker.pick(logits.flatten(0, 1), sequences, places, texts).view(-1, regular)
 
 

@@ -69,8 +69,11 @@ class Picker:
     def scores(self, logits: Tensor, texts: Sequence[Tensor] | None = None) -> Tensor:
         """logits (N, V) -> what is chosen from, (N, V), with the text before each row's token if processors read it."""
         if self.reads_text and texts is not None:
-            # Copies, as some processors write into what they are given.
-            rows = [self.processors(text[None], row[None].clone())[0] for text, row in zip(texts, logits, strict=True)]
+            # fp32 as in transformers, and copies, as some processors write into what they are given.
+            rows = [
+                self.processors(text[None], row[None].to(torch.float32, copy=True))[0]
+                for text, row in zip(texts, logits, strict=True)
+            ]
             logits = torch.stack(rows)
         return logits if self.greedy else self.warpers(None, logits.float())
 

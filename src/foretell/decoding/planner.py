@@ -40,7 +40,7 @@ class Planner:
     def layouts(self, drafts: Sequence[Floats], remaining: Sequence[int]) -> list[Layout]:
         """One layout per sequence, for log-odds of its drafts' confidences (m_b,) and the tokens it may still get.
 
-        All verify at most one common number of drafts and hang at most one common number of masks.
+        All verify at most one common number of drafts and hang at most one common number of masks; a probe hangs k.
         """
         if self._until_solution == 0:
             self.solve()
@@ -60,7 +60,8 @@ class Planner:
         # A sequence with fewer drafts verifies those it has: its further rows are filler.
         own_drafts = np.minimum(np.arange(most + 1), np.array(held)[:, None])  # (B, most+1)
         rows = np.arange(len(drafts))[:, None]
-        scores = self.seconds[: most + 1, : worth.shape[-1]] - worth[rows, own_drafts].sum(0)
+        # `worth` is in shares of a whole batch's step, as `solve` sees one sequence alone: their mean is the step's.
+        scores = self.seconds[: most + 1, : worth.shape[-1]] - worth[rows, own_drafts].mean(0)
         verified, hung = np.unravel_index(int(scores.argmin()), scores.shape)
         if self._probe(int(verified + hung)):
             return [Layout(1, (Block(0, self.masks),))] * len(remaining)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from weakref import WeakKeyDictionary
 
+import torch
+
 from foretell.config import DecodeConfig
 from foretell.decoding.calibration import Experience
 from foretell.decoding.costs import costs
@@ -23,20 +25,25 @@ class Planners:
         self.experience = Experience(config.masks or model.max_masks)
         self._by_size: dict[int, Planner] = {}
 
-    def planner(self, model: MTPModel, sequences: int) -> Planner:
+    def prepare(self, model: MTPModel, sequences: int) -> None:
         """For batches of up to the next power of two; the first of a size may have to time some steps."""
         size = 1 << (sequences - 1).bit_length()
         if size not in self._by_size:
             stops_early = model.base.device.type == "cpu"  # elsewhere each look at a confidence would hold up the queue
             self._by_size[size] = Planner(costs(model, self.config, size), self.experience, stops_early)
-        return self._by_size[size]
+
+    def planner(self, sequences: int) -> Planner:
+        """That of the nearest size prepared: as sequences leave a batch, nothing is timed in the midst of decoding."""
+        return self._by_size[min(size for size in self._by_size if size >= sequences)]
 
 
-def strategy_of(model: MTPModel, config: DecodeConfig) -> Strategy:
-    """What `config.strategy` names, for one call of the loop."""
+def strategy_of(model: MTPModel, config: DecodeConfig, sequences: int) -> Strategy:
+    """What `config.strategy` names, for one call of the loop with so many prompts."""
     if config.strategy != "adaptive":
         return Fixed(config.strategy, config.masks or model.max_masks)
-    manner = (config.masks, config.use_sampler, config.shortlist, config.drafts, config.temperature)
+    place = (model.base.device, model.base.dtype, torch.get_num_threads())
+    manner = (*place, config.masks, config.use_sampler, config.shortlist, config.drafts, config.temperature)
     of_model = _planners.setdefault(model, {})
     planners = of_model.setdefault(manner, Planners(model, config))
-    return Adaptive(lambda sequences: planners.planner(model, sequences), planners.experience)
+    planners.prepare(model, sequences)
+    return Adaptive(planners.planner, planners.experience)

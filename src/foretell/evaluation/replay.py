@@ -70,7 +70,6 @@ class ReplayDrafter:
 
         Raises ForetellError for more masks than the profile has chances and for a place past a continuation's end.
         """
-        self.drafter(latents, first, sequences, places, logits)
         masks, keys = latents.shape[1], list(zip(sequences, places, strict=True))
         if masks > self.masks:
             raise ForetellError(f"the profile has {self.masks} chances, too few for blocks of {masks} masks")
@@ -79,10 +78,12 @@ class ReplayDrafter:
                 raise ForetellError(
                     f"the continuation of prompt {sequence} ends before token {place}: nothing to replay"
                 )
-        return (
-            torch.stack([self.drafts[key][:masks] for key in keys]),
-            torch.stack([self.confidences[key][:masks] for key in keys]),
-        )
+        drafts = torch.stack([self.drafts[key][:masks] for key in keys])
+        confidences = torch.stack([self.confidences[key][:masks] for key in keys])
+        if floor:  # as the sampler's own chain would end, by these confidences
+            masks = min(masks, 1 + int((confidences.cumprod(1).amax(0) >= floor).cumprod(0).sum()))
+        self.drafter(latents[:, :masks], first, sequences, places, None if logits is None else logits[:, :masks])
+        return drafts[:, :masks], confidences[:, :masks]
 
 
 def true_drafts(continuations: Sequence[Sequence[int]], masks: int) -> Tensor:
