@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def answers(model: MTPForCausalLM, limit: int) -> dict[str, Any]:
     return result
 
 
-def acceptance(model: MTPForCausalLM, limit: int) -> dict[str, Any]:
+def acceptance(model: MTPForCausalLM, limit: int, numbers: Sequence[int]) -> dict[str, Any]:
     """Tokens per step for every strategy and number of masks, and without the sampler; each output is compared."""
     result: dict[str, Any] = {}
     for name in SETS:
@@ -53,8 +54,8 @@ def acceptance(model: MTPForCausalLM, limit: int) -> dict[str, Any]:
         rows = []
         for sampler in (True, False):
             for strategy in ("linear", "quadratic"):
-                # What the sampler adds is asked at all masks only; the columns 1..k are those of the paper's table.
-                for masks in range(1, model.max_masks + 1) if sampler else (model.max_masks,):
+                # What the sampler adds is asked at all masks only.
+                for masks in numbers if sampler else (model.max_masks,):
                     done = run(model, ids, Method(strategy, masks, sampler), NEW_TOKENS)
                     difference = first_difference(model, ids, expected, done.tokens)
                     counts = count(done, masks)
@@ -106,6 +107,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="rounds of the speed part")
     parser.add_argument("--problems", type=int, default=200, help="problems answered")
     parser.add_argument("--prompts", type=int, default=50, help="prompts per set for acceptance and identity")
+    parser.add_argument("--masks", type=int, nargs="+", help="numbers of masks for acceptance [1 to k]")
     parser.add_argument("--speed-prompts", type=int, default=10, help="prompts per set for speed")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -114,7 +116,7 @@ def main() -> None:
     result = json.loads(args.output.read_text(encoding="utf-8")) if args.output.exists() else {}
     parts = {
         "answers": lambda: answers(model, args.problems),
-        "acceptance": lambda: acceptance(model, args.prompts),
+        "acceptance": lambda: acceptance(model, args.prompts, args.masks or range(1, model.max_masks + 1)),
         "speed": lambda: speed(model, args.speed_prompts, args.rounds),
     }
     for name in args.part or parts:
