@@ -58,7 +58,7 @@ def test_generate_as_json(saved: Path, capsys: Captured) -> None:
     again = foretell.load(saved).generate("a b", max_new_tokens=12, masks=2)
     assert values["token_ids"] == again.token_ids and values["text"] == again.text
     assert (values["prompt_tokens"], values["new_tokens"], values["masks"]) == (3, 12, 2)
-    assert values["model"] == str(saved) and values["strategy"] == "quadratic"
+    assert values["model"] == str(saved) and values["strategy"] == "adaptive"
 
 
 def test_all_ways_to_give_a_prompt_and_all_strategies_give_the_same_text(
