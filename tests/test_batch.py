@@ -8,7 +8,7 @@ from torch import Tensor
 
 from foretell.config import STRATEGIES, DecodeConfig
 from foretell.decoding.cache import StaticCache
-from foretell.decoding.draft import SamplerDrafter
+from foretell.decoding.draft import GoOn, SamplerDrafter
 from foretell.decoding.loop import Step, steps
 from foretell.decoding.pick import Picker
 from foretell.decoding.stopping import Stop
@@ -40,9 +40,9 @@ class EverySecondSpoiled(SamplerDrafter):
         sequences: Sequence[int],
         places: Sequence[int],
         logits: Tensor | None = None,
-        floor: float = 0.0,
+        go_on: GoOn | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        drafts, confidences = super().__call__(latents, first, sequences, places, logits, floor)
+        drafts, confidences = super().__call__(latents, first, sequences, places, logits, go_on)
         odd = torch.tensor(sequences)[:, None] % 2
         return (drafts + odd) % VOCAB, confidences
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from foretell.decoding.draft import draft
+from foretell.decoding.draft import GoOn, draft
 from foretell.model import MTPModel
 
 from .models import VOCAB, random_prompt, reference, tiny_model
@@ -83,7 +83,10 @@ def test_shortlist_never_changes_the_output() -> None:
     assert model.generate(input_ids=prompt, max_new_tokens=40, shortlist=3).token_ids == expected
 
 
-def test_a_chain_ends_below_the_floor() -> None:
+def test_a_chain_ends_when_told() -> None:
+    def above(floor: float) -> GoOn:
+        return lambda confidences: float(confidences.prod(1).max()) >= floor
+
     model = tiny_model()
     latents = torch.randn(2, 4, model.base.d_model, generator=torch.Generator().manual_seed(0))
     first = torch.tensor([3, 4])
@@ -92,6 +95,6 @@ def test_a_chain_ends_below_the_floor() -> None:
     reach = sure.cumprod(1).amax(0)  # of the sequence that fares best
     for made in (1, 2, 3):
         floor = float(reach[made - 1]) * 1.001
-        early, confidences = draft(model, latents, first, confident=True, floor=floor)
+        early, confidences = draft(model, latents, first, confident=True, go_on=above(floor))
         assert torch.equal(early, drafts[:, :made]) and torch.equal(confidences, sure[:, :made])
-    assert draft(model, latents, first, confident=True, floor=float(reach[3]) * 0.999)[0].shape == (2, 4)
+    assert draft(model, latents, first, confident=True, go_on=above(0.0))[0].shape == (2, 4)

@@ -200,3 +200,17 @@ def test_adaptive_decoding_changes_nothing() -> None:
         prompt = random_prompt(length)
         expected = reference(model.base.lm, prompt, 60)
         assert model.generate(input_ids=prompt, max_new_tokens=60, strategy="adaptive").token_ids == expected
+
+
+def test_drafting_goes_on_by_what_confidences_turned_out_to_be_worth() -> None:
+    """A sampler that says 0.5 and is nearly always right must not be stopped by its modesty."""
+    experience = Experience(4)
+    planner = Planner(noisy_costs(4, COSTS["1B"], 0.0, np.random.default_rng(0)), experience)
+    strategy = Adaptive(lambda sequences: planner, experience, floor=0.2)
+    assert strategy.go_on is not None
+    modest = torch.full((1, 4), 0.5)
+    assert not strategy.go_on(modest)
+    for _ in range(300):
+        experience.calibration.learn(logit(np.full(4, 0.5)), 4)
+    assert strategy.go_on(modest)
+    assert Adaptive(lambda sequences: planner, experience).go_on is None

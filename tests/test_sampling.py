@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from foretell.base import Base
 from foretell.config import STRATEGIES, DecodeConfig, MTPConfig
 from foretell.decoding import loop
+from foretell.decoding.draft import GoOn
 from foretell.decoding.generate import MTPForCausalLM
 from foretell.decoding.pick import Picker
 
@@ -123,7 +124,7 @@ class Scripted:
         sequences: Sequence[int],
         places: Sequence[int],
         logits: Tensor | None = None,
-        floor: float = 0.0,
+        go_on: GoOn | None = None,
     ) -> tuple[Tensor, None]:
         columns = torch.tensor(places)[:, None] + torch.arange(latents.shape[1])
         return self.texts[torch.tensor(sequences)[:, None], columns.clamp(max=LENGTH - 1)], None

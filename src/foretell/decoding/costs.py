@@ -164,7 +164,7 @@ def measure(model: MTPModel, config: DecodeConfig, batch: int = 1, widths: Seque
     start = time.perf_counter()
     for round in range(ROUNDS + 1):
         for key, task in tasks.items():
-            task()  # the second of two like steps counts, as in decoding: the first meets cold caches, hooks come and go
+            task()  # the second of two like steps counts, as in decoding; the first meets cold caches and new hooks
             begin = _now(model)
             task()
             spent = _now(model) - begin

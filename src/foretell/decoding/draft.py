@@ -24,6 +24,9 @@ LARGE_VOCABULARY, SHORTLIST = 16384, 64
 ALONG = 2  # blocks' worth of masks
 
 
+GoOn = Callable[[Tensor], bool]
+
+
 class Drafter(Protocol):
     """Where drafts come from: normally `SamplerDrafter`; a benchmark may bring its own."""
 
@@ -34,14 +37,14 @@ class Drafter(Protocol):
         sequences: Sequence[int],
         places: Sequence[int],
         logits: Tensor | None = None,
-        floor: float = 0.0,
+        go_on: GoOn | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """latents (B, K, D) of a block each, the token before it, first (B,) -> drafts (B, K) int64, confidences.
 
         logits (B, K, V) are the base's at the masks, where the step has read them already (see `reads_along`). Draft j
         of row b, from 0, is for new token number `places[b]` + j of prompt number `sequences[b]`. Confidences
         (B, K) fp32 in 0..1 are how sure the drafter is of each draft if the ones before it hold; None if nobody asks.
-        It may leave out the last drafts, once the chance that all before them hold is below `floor` everywhere.
+        It may leave out the last drafts, once `go_on` is false for the confidences (B, n) of those made so far.
         """
         ...
 
@@ -61,7 +64,7 @@ class SamplerDrafter:
         sequences: Sequence[int],
         places: Sequence[int],
         logits: Tensor | None = None,
-        floor: float = 0.0,
+        go_on: GoOn | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         choose = largest
         if self.picker.draws_drafts:
@@ -71,7 +74,7 @@ class SamplerDrafter:
 
         shortlist = shortlist_size(self.model, self.config.shortlist)
         confident = self.config.strategy == "adaptive"
-        return draft(self.model, latents, first, self.config.use_sampler, shortlist, choose, confident, logits, floor)
+        return draft(self.model, latents, first, self.config.use_sampler, shortlist, choose, confident, logits, go_on)
 
 
 def shortlist_size(model: MTPModel, shortlist: int | None) -> int:
@@ -99,7 +102,7 @@ def draft(
     choose: Callable[[Tensor, int], Tensor] = largest,
     confident: bool = False,
     logits: Tensor | None = None,
-    floor: float = 0.0,
+    go_on: GoOn | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """latents (B, K, D) of a block each and the token before it, first (B,) int64 -> drafts (B, K) int64.
 
@@ -111,11 +114,10 @@ def draft(
     only where the sampler's choice is not among them. Either way it concerns drafts alone, never the output.
 
     `choose` takes scores (B, V), where the shortlist leaves out a token -inf, and the mask's number from 0. `logits`
-    (B, K, V) are the base's at the masks if they were read before. With a `floor` the chain ends after a draft that
-    leaves no sequence a chance above it that all drafts hold; every draft then waits for the device.
+    (B, K, V) are the base's at the masks if they were read before. With `go_on` the chain ends when that
+    is false for the confidences (B, n) so far; every draft then waits for the device.
     """
     drafts: list[Tensor] = []
-    reach: Tensor | float = 1.0  # (B,): the chance, by the confidences, that all drafts so far hold
     confidences: list[Tensor] = []
 
     def take(scores: Tensor, mask: int, tokens: Tensor | None = None) -> None:
@@ -149,10 +151,8 @@ def draft(
             else:
                 take(short.all_scores(sampled, mask), mask)
             token = drafts[-1]
-            if floor:
-                reach = reach * confidences[-1]
-                if float(reach.max()) < floor:
-                    break
+            if go_on is not None and not go_on(torch.stack(confidences, dim=1)):
+                break
     return torch.stack(drafts, dim=1), torch.stack(confidences, dim=1) if confident else None
 
 

@@ -165,7 +165,7 @@ def draft_blocks(
     if not latents.shape[1]:
         return first.new_empty((len(running), 0))
     sequences, places = [row.sequence for row in running], [row.place for row in running]
-    drafts, confidences = drafter(latents, first, sequences, places, logits, strategy.floor)
+    drafts, confidences = drafter(latents, first, sequences, places, logits, strategy.go_on)
     most = drafts.shape[1]
     for row in running:
         row.drafts = min(row.drafts, most)

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foretell.decoding.calibration import Experience, Floats
+from foretell.decoding.calibration import Experience, Floats, logit
+from foretell.decoding.draft import GoOn
 from foretell.decoding.planner import Planner
 from foretell.layout import Block, Layout, linear, plain, quadratic
 
@@ -31,8 +32,8 @@ class Strategy(Protocol):
     """What the loop asks and tells, step by step."""
 
     @property
-    def floor(self) -> float:
-        """Drafts with less chance that all of them hold need not be made."""
+    def go_on(self) -> GoOn | None:
+        """Whether more drafts are worth making after some with these confidences (B, n); None: always."""
         ...
 
     def layouts(self, running: Sequence[Running]) -> list[Layout]:
@@ -54,7 +55,7 @@ class Fixed:
 
     name: str
     masks: int
-    floor: ClassVar[float] = 0.0
+    go_on: ClassVar[None] = None
 
     def layouts(self, running: Sequence[Running]) -> list[Layout]:
         return [next_layout(self.name, row.drafts, self.masks, row.remaining) for row in running]
@@ -83,7 +84,7 @@ class Adaptive:
     experience: Experience
     open: dict[int, list[OpenBlock]] = field(default_factory=dict)  # by sequence
     at_hand: dict[int, Floats] = field(default_factory=dict)  # log-odds of the confidences of the drafts at hand
-    floor: float = 0.0
+    floor: float = 0.0  # of the chance that all drafts made so far hold
 
     def layouts(self, running: Sequence[Running]) -> list[Layout]:
         none = np.zeros(0)
@@ -92,6 +93,14 @@ class Adaptive:
         planner = self.planner(len(running))
         layouts, self.floor = planner.layouts(at_hand, remaining), planner.floor
         return [within(layout, left) for layout, left in zip(layouts, remaining, strict=True)]
+
+    @property
+    def go_on(self) -> GoOn | None:
+        return self._likely if self.floor else None
+
+    def _likely(self, confidences: Tensor) -> bool:
+        chances = self.experience.calibration.chances(logit(confidences.numpy()))
+        return float(chances.prod(axis=1).max()) >= self.floor
 
     def decided(self, row: Running, tokens: Sequence[int]) -> None:
         still_open = []

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from foretell.config import DecodeConfig
 from foretell.decoding import loop
-from foretell.decoding.draft import Drafter, SamplerDrafter
+from foretell.decoding.draft import Drafter, GoOn, SamplerDrafter
 from foretell.decoding.generate import MTPForCausalLM
 from foretell.decoding.pick import Picker
 from foretell.errors import ForetellError
@@ -113,10 +113,10 @@ class TimedDrafter:
         sequences: Sequence[int],
         places: Sequence[int],
         logits: Tensor | None = None,
-        floor: float = 0.0,
+        go_on: GoOn | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         with self.watch.section(DRAFT):
-            return self.drafter(latents, first, sequences, places, logits, floor)
+            return self.drafter(latents, first, sequences, places, logits, go_on)
 
 
 @contextmanager
