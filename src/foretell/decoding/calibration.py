@@ -14,6 +14,7 @@ PRIOR_VARIANCE = {"bias": 1.0, "slope": 0.25, "place": 0.25}
 DRIFT = 3e-4  # variance gained per block: what was learnt on another text fades
 LIMIT = 6.0  # of a confidence's logit, about 0.25 %
 WINDOW = 32  # blocks whose confidences stand for those to come
+OF_LAST_TEXT = 4  # of them are kept when a new text begins, which may be of another kind
 FIRST_GUESS = 0.6  # confidence of every draft before anything was seen
 
 
@@ -72,6 +73,11 @@ class Experience:
         # A block of fewer masks is taken to go on as it ends: its next drafts would be about as sure as its last.
         self._recent.append(np.concatenate([logits, np.full(self.masks - len(logits), logits[-1])]))
         return logits
+
+    def begin_text(self) -> None:
+        """Forgets most of what blocks of earlier texts were like; what confidences are worth stays."""
+        while len(self._recent) > OF_LAST_TEXT:
+            self._recent.popleft()
 
     def recent_chances(self) -> Floats:
         """(N, k): the chances of recent blocks' drafts, each if those before it hold."""

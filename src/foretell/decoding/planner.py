@@ -10,8 +10,8 @@ from foretell.decoding.calibration import Experience, Floats
 from foretell.decoding.costs import Costs
 from foretell.layout import Block, Layout
 
-SWEEPS = 8  # of value iteration per solution, each going on from the last
-SOLVE_EVERY = (1, 64)  # steps between solutions, doubling from the first to the second
+SWEEPS = 3  # of value iteration per solution, each going on from the last
+SOLVE_EVERY = (1, 16)  # steps between solutions, doubling from the first to the second
 PROBE_EVERY = (8, 256)  # steps without masks before some are tried again, doubling while that is in vain
 
 
@@ -72,6 +72,11 @@ class Planner:
             blocks = tuple(Block(after, int(count)) for after, count in enumerate(counts[: d + 1]) if count)
             result.append(Layout(d + 1, blocks))
         return result
+
+    def begin_text(self) -> None:
+        """A new text may be of another kind: plan anew, and try masks at once if plain decoding seems best."""
+        self._until_solution = 0
+        self._without_masks = self._probe_every = PROBE_EVERY[0]
 
     def _probe(self, more: int) -> bool:
         """Whether to hang masks although plain decoding seems best: what is never tried is never seen to get better."""

@@ -46,4 +46,6 @@ def strategy_of(model: MTPModel, config: DecodeConfig, sequences: int) -> Strate
     of_model = _planners.setdefault(model, {})
     planners = of_model.setdefault(manner, Planners(model, config))
     planners.prepare(model, sequences)
+    planners.experience.begin_text()
+    planners.planner(sequences).begin_text()
     return Adaptive(planners.planner, planners.experience)
