@@ -221,6 +221,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=tuple(SHAPES), default="135M")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--device", help="cpu, cuda, ... [a GPU if there is one]")
+    parser.add_argument("--no-packed", dest="packed", action="store_const", const=False, help="weights as they are")
     parser.add_argument("--threads", type=int, default=2, help="torch threads, one per core")
     parser.add_argument("--profile", choices=(*ACCEPTANCE, "all"), default="all")
     parser.add_argument("--batch", type=int, default=1, help="prompts decoded side by side")
@@ -241,7 +242,7 @@ def main() -> None:
     if args.context <= args.new // 2:
         raise ForetellError(f"the context must exceed half of the {args.new} new tokens, {args.context} does not")
     torch.set_num_threads(args.threads)
-    model = random_model(args.shape, dtype=args.dtype, device=args.device, rank=args.rank)
+    model = random_model(args.shape, dtype=args.dtype, device=args.device, rank=args.rank, packed=args.packed)
     path = args.output or RESULTS / f"replay_{args.shape}_{model.base.device.type}.json"
     result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     generator = torch.Generator().manual_seed(0)

@@ -134,6 +134,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=tuple(SHAPES), default="135M")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--device", help="cpu, cuda, ... [a GPU if there is one]")
+    parser.add_argument("--no-packed", dest="packed", action="store_const", const=False, help="weights as they are")
     parser.add_argument("--threads", type=int, default=2, help="torch threads, one per core")
     parser.add_argument("--batch", type=int, default=1, help="sequences side by side, of different lengths")
     parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS, help="tokens in the cache")
@@ -146,7 +147,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="[benchmarks/results/step_cost_SHAPE_DEVICE.json]")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    model = random_model(args.shape, dtype=args.dtype, device=args.device, masks=args.masks, rank=args.rank)
+    model = random_model(
+        args.shape, dtype=args.dtype, device=args.device, masks=args.masks, rank=args.rank, packed=args.packed
+    )
     batch = "" if args.batch == 1 else f"_batch{args.batch}"
     path = args.output or RESULTS / f"step_cost_{args.shape}_{model.base.device.type}{batch}.json"
     result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from transformers import Cache, PreTrainedModel
 
 from foretell.attention import AttentionMask
 from foretell.errors import ForetellError
+from foretell.grouped_attention import can_group, grouped
+from foretell.packed import pack, why_not
 
 
 class Base(nn.Module):
@@ -31,10 +35,49 @@ class Base(nn.Module):
         self.text_config = lm.config.get_text_config()
         self.vocab_size = int(self.head.weight.shape[0])
         self.d_model = int(self.head.weight.shape[1])
+        self.parameter_count = sum(p.numel() for p in lm.parameters())
         self.d_embedding = int(self.embed(torch.zeros(1, dtype=torch.long, device=self.device)).shape[-1])
         self.max_positions = getattr(self.text_config, "max_position_embeddings", None)
         # GPT-Neo's attention has a table of that many columns, which mask rows take up as well.
         self.max_columns = self.max_positions if self.text_config.model_type == "gpt_neo" else None
+        self._groups = can_group(lm)
+        self._fingerprint: str | None = None
+        self._load_again: Callable[[], PreTrainedModel] | None = None  # once its linears are packed
+        self._unpacked: PreTrainedModel | None = None
+
+    @property
+    def packed(self) -> bool:
+        """Whether its linears are packed (see `pack`)."""
+        return self._load_again is not None
+
+    @torch.inference_mode()
+    def pack(self, load_again: Callable[[], PreTrainedModel]) -> None:
+        """Lays the weights of its linears out as oneDNN likes them: several times faster steps on a CPU, forward only.
+
+        The unembedding keeps its weight too. `load_again` gives the model as it is now, should anyone ask (`unpacked`).
+        Raises ForetellError where there is no oneDNN or it gives other products.
+        """
+        if reason := why_not(self.device, self.dtype):
+            raise ForetellError(f"the linears can't be packed: {reason}; leave out packed")
+        self._fingerprint = self.fingerprint()  # which reads the weights
+        probe = torch.arange(4, device=self.device)[None] % self.vocab_size
+        before = self.unembed(self.latents(self.embed(probe))).float()
+        pack(self.lm, kept=self.head)
+        self.head = self.lm.get_output_embeddings()
+        self._load_again = load_again
+        error = (self.unembed(self.latents(self.embed(probe))).float() - before).abs().max() / before.abs().max()
+        if not error < (1e-4 if self.dtype == torch.float32 else 0.1):
+            raise ForetellError(
+                f"packed linears changed the logits by {float(error):.1e} of their range; load it with packed=False"
+            )
+
+    def unpacked(self) -> PreTrainedModel:
+        """The model as transformers loads it, to compare with: itself, or, if its linears are packed, loaded again."""
+        if self._load_again is None:
+            return self.lm
+        if self._unpacked is None:
+            self._unpacked = self._load_again().eval().requires_grad_(False)
+        return self._unpacked
 
     @property
     def device(self) -> torch.device:
@@ -60,13 +103,14 @@ class Base(nn.Module):
         cache: Cache | None = None,
     ) -> Tensor:
         """(B, Q, E) -> z (B, Q, D), after the final norm. Without a mask: causal over what is cached."""
-        out = self.decoder(
-            inputs_embeds=embeddings,
-            position_ids=positions,
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        )
+        with grouped(self.text_config) if self._groups and mask is not None else nullcontext():
+            out = self.decoder(
+                inputs_embeds=embeddings,
+                position_ids=positions,
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            )
         return out.last_hidden_state
 
     def unembed(self, latents: Tensor) -> Tensor:
@@ -105,6 +149,8 @@ class Base(nn.Module):
 
         Samples are rounded to bfloat16, so that the same weights loaded in another precision keep their fingerprint.
         """
+        if self._fingerprint is not None:
+            return self._fingerprint
         digest = hashlib.sha256()
         for name, weight in sorted(self.lm.named_parameters()):
             digest.update(f"{name}{tuple(weight.shape)}".encode())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ from foretell.base import Base, is_hub_name, load_base
 from foretell.config import MTPConfig
 from foretell.errors import ForetellError
 from foretell.model import MTPModel
+from foretell.packed import why_not
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "foretell.json", "foretell.safetensors", "README.md"
 CUSTOM_GENERATE = "custom_generate"  # a folder that transformers knows by this name
@@ -61,28 +63,36 @@ def load(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
+    packed: bool | None = None,
     check: bool = True,
 ) -> M:
     """A trained model from a directory or Hub name; `base` overrides where its base lies.
+
+    `packed` lays out the linears of the base for a CPU (see `Base.pack`), None where that can be done; a `Base` that is
+    given stays as it is.
 
     Raises ForetellError for a missing or damaged checkpoint, and for a base other than the one it was trained on.
     """
     directory = local_directory(source)
     description = read_description(directory)
+    load_again = None
     if not isinstance(base, Base):
         name = base or resolve_base(description["base"], directory)
-        tokenizer_source = name
-        base = load_base(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    else:
-        tokenizer_source = base.name
+        load_again = partial(load_base, name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        base = load_again()
+    elif packed:
+        raise ForetellError("a base that is given stays as it is; pack it before, or leave out packed")
     if base.fingerprint() != description["base_fingerprint"]:
         given = base.name or "this model"
         raise ForetellError(
             f"the adapter in {source} was trained for {description['base']} and does not fit {given}: "
             "their weights differ; give the right base with --base, or train an adapter for this one"
         )
+    tokenizer = load_tokenizer(base.name, trust_remote_code)
+    if load_again is not None and (packed or (packed is None and why_not(base.device, base.dtype) is None)):
+        base.pack(lambda: load_again().lm)
     config = MTPConfig.from_dict(description["config"])
-    model = cls(base, config, load_tokenizer(tokenizer_source, trust_remote_code), check=check)
+    model = cls(base, config, tokenizer, check=check)
     try:
         load_weights(model, directory / WEIGHTS_FILE)
     except ForetellError:

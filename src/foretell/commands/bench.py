@@ -14,6 +14,7 @@ from foretell.commands.common import (
     DtypeOption,
     JsonOption,
     ModelOption,
+    PackedOption,
     TrustOption,
     check_writable,
     load_model,
@@ -96,6 +97,7 @@ def command(
     ] = None,
     dtype: DtypeOption = "float32",
     device: DeviceOption = None,
+    packed: PackedOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Compare decoding in several tokens per step with plain decoding and with what transformers does, in seconds."""
@@ -118,7 +120,7 @@ def command(
     sources = prompts or list(NAMES)
     for source in sources:
         prompts_path(source)  # a misspelt name shows before the model is loaded
-    loaded = load_model(model, base, dtype, device, trust_remote_code)
+    loaded = load_model(model, base, dtype, device, trust_remote_code, packed)
     names = {set_name(s): s for s in sources}
     if len(names) < len(sources):
         raise ForetellError("two of the prompt sets have the same name; rename one of the files")

@@ -12,6 +12,7 @@ from foretell.commands.common import (
     DtypeOption,
     JsonOption,
     ModelOption,
+    PackedOption,
     TrustOption,
     load_model,
     to_json,
@@ -53,6 +54,7 @@ def command(
     json: JsonOption = False,
     dtype: DtypeOption = "bfloat16",
     device: DeviceOption = None,
+    packed: PackedOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Compare the output with the base's own generate(), token for token, and weigh every difference.
@@ -63,7 +65,7 @@ def command(
     from foretell.evaluation.prompts import load_prompts, prompts_path
 
     prompts_path(prompts)  # a misspelt name shows before the model is loaded
-    loaded = load_model(model, base, dtype, device, trust_remote_code)
+    loaded = load_model(model, base, dtype, device, trust_remote_code, packed)
     texts = load_prompts(prompts, tokenizer=loaded.tokenizer, chat=chat, limit=limit)
 
     from foretell.commands.render import progress_bar, stdout_console

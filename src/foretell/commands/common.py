@@ -27,12 +27,24 @@ DtypeOption = Annotated[Literal[DTYPES], typer.Option("--dtype", help="precision
 DeviceOption = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ... [a GPU if there is one]".replace("[", r"\["))
 ]
+PackedOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--packed/--no-packed",
+        help="lay out the base's weights for a CPU: faster steps \\[where it can be done]",
+    ),
+]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the base")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
 
 
 def load_model(
-    model: str | None, base: str | None, dtype: str, device: str | None, trust_remote_code: bool = False
+    model: str | None,
+    base: str | None,
+    dtype: str,
+    device: str | None,
+    trust_remote_code: bool = False,
+    packed: bool | None = None,
 ) -> MTPForCausalLM:
     """`foretell.load`, with a sign of life on a terminal's stderr and without transformers' progress bars."""
     from rich.console import Console
@@ -43,7 +55,9 @@ def load_model(
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     with Console(stderr=True).status(f"loading {model or 'the embedded model'}"):
-        return foretell.load(model, base=base, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        return foretell.load(
+            model, base=base, dtype=dtype, device=device, trust_remote_code=trust_remote_code, packed=packed
+        )
 
 
 def words(text: str) -> list[str]:

@@ -14,6 +14,7 @@ from foretell.commands.common import (
     DtypeOption,
     JsonOption,
     ModelOption,
+    PackedOption,
     TrustOption,
     load_model,
     to_json,
@@ -40,6 +41,7 @@ def command(
     json: JsonOption = False,
     dtype: DtypeOption = "float32",
     device: DeviceOption = None,
+    packed: PackedOption = None,
     trust_remote_code: TrustOption = False,
     **values: Any,
 ) -> None:
@@ -48,7 +50,7 @@ def command(
     The text goes to standard output, everything else to standard error.
     """
     text = read_prompt(prompt, prompt_file)
-    loaded = load_model(model, base, dtype, device, trust_remote_code)
+    loaded = load_model(model, base, dtype, device, trust_remote_code, packed)
     if json:
         print(to_json(loaded.generate(text, chat=chat, **values).to_dict()))
         return

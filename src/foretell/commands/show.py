@@ -48,7 +48,7 @@ class Show:
         self._scenes.append(Text(scene, style) if isinstance(scene, str) else scene)
 
     def introduce(self) -> None:
-        millions = sum(p.numel() for p in self.model.base.lm.parameters()) / 1e6
+        millions = self.model.base.parameter_count / 1e6
         size = f"{millions:.1f}" if millions < 10 else f"{millions:.0f}"
         self.say(
             f"You are watching a language model of {size} million parameters write several tokens per step. At each "

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from foretell.config import DecodeConfig
 from foretell.decoding.pick import Picker
 from foretell.model import MTPModel
+from foretell.packed import PackedLinear
 
 
 def largest(scores: Tensor, mask: int) -> Tensor:
@@ -138,7 +139,7 @@ def draft(
         of_token, of_latent = sampler.first.weight.split([sampler.d_embedding, latents.shape[-1]], dim=1)
         halves = F.linear(latents.flatten(0, 1), of_latent, sampler.first.bias).view(*latents.shape[:2], -1)
         short = None
-        if shortlist and isinstance(model.base.head, nn.Linear):
+        if shortlist and isinstance(model.base.head, (nn.Linear, PackedLinear)):
             short = Shortlist(model, model.base.unembed(latents) if logits is None else logits, shortlist)
         token = first
         for mask in range(latents.shape[1]):

@@ -46,9 +46,13 @@ class MTPForCausalLM(MTPModel):
         dtype: str | torch.dtype = "float32",
         device: str | torch.device | None = None,
         trust_remote_code: bool = False,
+        packed: bool | None = None,
         check: bool = True,
     ) -> Self:
         """A trained model from a directory or Hub name; None is the small model that ships with foretell.
+
+        `packed` lays out the base's weights as a CPU multiplies them fastest (see `Base.pack`), None where that can be
+        done. Such a base is for decoding alone: it can neither be trained nor saved.
 
         Raises ForetellError for a missing or damaged checkpoint, another base than it was trained on, or an
         unsupported architecture.
@@ -60,6 +64,7 @@ class MTPForCausalLM(MTPModel):
             dtype=resolve_dtype(dtype),
             device=resolve_device(device),
             trust_remote_code=trust_remote_code,
+            packed=packed,
             check=check,
         )
         model.source = "embedded" if source is None else str(source)

@@ -42,7 +42,9 @@ def huggingface_generate(
     lookup: int = 0,
     draft_model: PreTrainedModel | None = None,
 ) -> Decoded:
-    """Prompts (1, n_b) int64 side by side, padded on the left; gate closed, nothing else in the base's wishes obeyed.
+    """Prompts (1, n_b) int64 side by side, padded on the left, on the base as transformers loads it: not packed.
+
+    Nothing else that its generation config wishes is obeyed.
 
     `lookup` and `draft_model` have transformers draft; then the batch must be a single prompt.
     """
@@ -53,17 +55,17 @@ def huggingface_generate(
     drafting: dict[str, Any] = {"prompt_lookup_num_tokens": lookup} if lookup else {}
     if draft_model is not None:
         drafting["assistant_model"] = draft_model
-    stopwatch = _Stopwatch()
+    lm, stopwatch = model.base.unpacked(), _Stopwatch()
     devices = [model.base.device] if model.base.device.type == "cuda" else []
     with (
-        _own_settings(model, temperature),
+        _own_settings(lm, stop, temperature),
         torch.random.fork_rng(devices),
-        _widths(model.base.lm) as widths,
+        _widths(lm) as widths,
         torch.inference_mode(),
     ):
         torch.manual_seed(seed)
         start = time.perf_counter()
-        out = model.base.lm.generate(
+        out = lm.generate(
             input_ids=ids,
             attention_mask=torch.cat(seen),
             max_new_tokens=max_new_tokens,
@@ -143,9 +145,8 @@ def _widths(lm: PreTrainedModel) -> Iterator[list[int]]:
 
 
 @contextmanager
-def _own_settings(model: MTPForCausalLM, temperature: float) -> Iterator[None]:
+def _own_settings(lm: PreTrainedModel, stop: set[int], temperature: float) -> Iterator[None]:
     """Sets aside whatever else the base's generation config asks for, such as a repetition penalty."""
-    lm, stop = model.base.lm, model.stop_ids()
     kept = lm.generation_config
     # top_k and top_p are said because transformers' defaults cut the distribution.
     drawing = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}

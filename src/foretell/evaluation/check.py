@@ -177,7 +177,7 @@ class Scales:
         exact_gap = None
         if self._upcast:
             if self._exact is None:
-                self._exact = Base(copy.deepcopy(self.base.lm).float())
+                self._exact = Base(copy.deepcopy(self.base.unpacked()).float())
             exact = next_logits(self._exact, text)
             exact_gap = float(exact[one] - exact[two])
         near = abs(difference.logit_gap) <= NEAR_TIE_UNITS * unit

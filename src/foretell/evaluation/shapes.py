@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from foretell.base import Base
 from foretell.config import MTPConfig
 from foretell.decoding.generate import MTPForCausalLM, resolve_device, resolve_dtype
 from foretell.errors import ForetellError
+from foretell.packed import why_not
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {  # for tests and dry runs
@@ -63,14 +65,18 @@ def random_model(
     device: str | torch.device | None = None,
     masks: int = 8,
     rank: int = 128,
+    packed: bool | None = None,
     seed: int = 0,
 ) -> MTPForCausalLM:
     """A Llama of the named shape with an untrained adapter, ready to decode, without a download. It has no stop ids.
 
-    The adapter's matrices are random and none is zero, so that its work is real. Raises ForetellError for an unknown
-    shape, dtype or device.
+    The adapter's matrices are random and none is zero, so that its work is real. `packed` as in `foretell.load`.
+    Raises ForetellError for an unknown shape, dtype or device.
     """
-    base = Base(random_llama(shape, resolve_dtype(dtype), resolve_device(device), seed))
+    make = partial(random_llama, shape, resolve_dtype(dtype), resolve_device(device), seed)
+    base = Base(make())
+    if packed or (packed is None and why_not(base.device, base.dtype) is None):
+        base.pack(make)
     torch.manual_seed(seed)
     model = MTPForCausalLM(base, MTPConfig(masks=masks, rank=rank, alpha=2.0 * rank), check=False)
     for name, parameter in model.adapter.named_parameters():

@@ -1,0 +1,68 @@
+"""Attention of a step under a mask, for bases whose query heads share keys and values in groups.
+
+transformers copies keys and values once per query head of a group, in every layer, as soon as there is a mask and more
+than one row. Instead the group's heads are put one below the other, as if they were rows of one head: nothing of the
+past is copied, and every head still sees what it saw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "foretell_grouped"  # among transformers' attention implementations
+
+
+def grouped_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """query (B, H, Q, D_head), key, value (B, H_kv, S, D_head), additive mask (B or 1, 1, Q, S) -> (B, Q, H, D_head).
+
+    What is beyond that (no mask, one per head, a position bias) goes to transformers' own sdpa attention.
+    """
+    batch, heads, rows, size = query.shape
+    groups = heads // key.shape[1]
+    biased = any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "cache"))
+    if groups == 1 or biased or attention_mask is None or attention_mask.shape[1] != 1:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    stacked = query.reshape(batch, -1, groups * rows, size)
+    mask = attention_mask.expand(-1, groups, -1, -1).reshape(len(attention_mask), 1, groups * rows, -1)
+    out = F.scaled_dot_product_attention(stacked, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
+    return out.view(batch, heads, rows, -1).transpose(1, 2).contiguous(), None
+
+
+def can_group(lm: PreTrainedModel) -> bool:
+    """Whether a base has groups of heads, runs on sdpa and takes other attention implementations."""
+    config = lm.config.get_text_config()
+    heads, shared = (getattr(config, f"num_{kind}_heads", None) for kind in ("attention", "key_value"))
+    grouped = isinstance(heads, int) and isinstance(shared, int) and shared < heads
+    return grouped and config._attn_implementation == "sdpa" and lm._can_set_attn_implementation()
+
+
+@contextmanager
+def grouped(config: PreTrainedConfig) -> Iterator[None]:
+    """Within this context the base of that text configuration attends by `grouped_attention`."""
+    AttentionInterface.register(NAME, grouped_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    before = config._attn_implementation
+    config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before

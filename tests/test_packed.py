@@ -1,0 +1,115 @@
+"""Packed linears: the same products, the same text, less time; and a base that stays as it is where none was asked."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import foretell
+from foretell.base import Base
+from foretell.config import STRATEGIES, MTPConfig
+from foretell.decoding.generate import MTPForCausalLM
+from foretell.errors import ForetellError
+from foretell.packed import PackedLinear, pack, why_not
+
+from .decoded import decode
+from .models import CONFIGS, random_prompt, reference, tiny_lm, tiny_model
+
+pytestmark = pytest.mark.skipif(
+    why_not(torch.device("cpu"), torch.float32) is not None, reason="PyTorch without oneDNN"
+)
+
+
+def packed_model(name: str) -> MTPForCausalLM:
+    base = Base(tiny_lm(name))
+    base.pack(lambda: tiny_lm(name))
+    model = MTPForCausalLM(base, MTPConfig(masks=4, rank=4, alpha=8.0))
+    torch.manual_seed(1)
+    for parameter in model.own_parameters().values():
+        nn.init.normal_(parameter, std=0.2)
+    model.for_inference()
+    return model
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_every_architecture_writes_what_it_wrote_before(name: str) -> None:
+    model = packed_model(name)
+    kinds = [type(module) for module in model.base.lm.modules()]
+    assert PackedLinear in kinds and nn.Linear not in kinds
+    prompts = [random_prompt(length, seed=length) for length in (3, 33)]
+    expected = [reference(tiny_lm(name), prompt, 40) for prompt in prompts]
+    for strategy in STRATEGIES:
+        out = decode(model, prompts, strategy, 40, replayed=expected)
+        assert out.texts == expected, strategy
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_are_those_of_a_linear(dtype: torch.dtype) -> None:
+    linear = nn.Linear(48, 20).to(dtype)
+    both = nn.ModuleDict({"packed": linear})
+    pack(both)
+    packed = both["packed"]
+    assert isinstance(packed, PackedLinear) and torch.equal(packed.weight, linear.weight)
+    for shape in ((48,), (1, 48), (3, 48), (2, 5, 48)):
+        x = torch.randn(shape, dtype=dtype)
+        with torch.no_grad():
+            torch.testing.assert_close(packed(x), linear(x), atol=1e-5 if dtype == torch.float32 else 0.02, rtol=1e-2)
+            half = packed(x[..., None].expand(*shape, 2)[..., 0])  # not contiguous
+            torch.testing.assert_close(half, packed(x))
+
+
+def test_the_unembedding_keeps_its_weight_and_the_blocks_give_theirs_up() -> None:
+    base = Base(tiny_lm("llama"))
+    weight, count = base.head.weight.clone(), base.parameter_count
+    base.pack(lambda: tiny_lm("llama"))
+    assert torch.equal(base.head.weight, weight)
+    held = sum(p.numel() for p in base.lm.parameters())
+    assert held < count / 2 and base.parameter_count == count
+
+
+def test_loading_packs_a_base_of_its_own_and_no_other(tmp_path: Path) -> None:
+    tiny_lm("llama").save_pretrained(tmp_path / "base")
+    model = tiny_model("llama")
+    model.base.lm.config._name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+
+    assert foretell.load(tmp_path / "adapter", device="cpu").base.packed
+    assert not foretell.load(tmp_path / "adapter", device="cpu", packed=False).base.packed
+    own = Base(tiny_lm("llama"))
+    assert not foretell.load(tmp_path / "adapter", base=own).base.packed
+    with pytest.raises(ForetellError, match="stays as it is"):
+        foretell.load(tmp_path / "adapter", base=own, packed=True)
+    with pytest.raises(ForetellError, match="float32 and bfloat16"):
+        Base(tiny_lm("llama").half()).pack(lambda: tiny_lm("llama"))
+
+
+def test_a_packed_model_is_saved_and_compared_like_any(tmp_path: Path) -> None:
+    tiny_lm("llama").save_pretrained(tmp_path / "base")
+    model = tiny_model("llama")
+    model.base.lm.config._name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = foretell.load(tmp_path / "adapter", device="cpu")
+    loaded.save_pretrained(tmp_path / "again")
+    again = foretell.load(tmp_path / "again", device="cpu")
+    assert all(torch.equal(p, again.own_parameters()[name]) for name, p in loaded.own_parameters().items())
+
+    plain = loaded.base.unpacked()
+    assert plain is not loaded.base.lm and plain is loaded.base.unpacked()
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), tiny_lm("llama").parameters(), strict=True))
+    assert again.base.fingerprint() == Base(tiny_lm("llama")).fingerprint()
+    own = Base(tiny_lm("llama"))
+    assert own.unpacked() is own.lm
+
+
+def test_no_gradient_goes_through_it() -> None:
+    both = nn.ModuleDict({"packed": nn.Linear(8, 8)})
+    pack(both)
+    with pytest.raises(ForetellError, match="packed=False"):
+        both["packed"](torch.randn(2, 8, requires_grad=True))
+
+
+def test_wrong_products_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PackedLinear, "forward", lambda self, x: x.new_zeros((*x.shape[:-1], self.out_features)))
+    with pytest.raises(ForetellError, match="changed the logits"):
+        Base(tiny_lm("llama")).pack(lambda: tiny_lm("llama"))
