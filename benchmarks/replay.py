@@ -30,6 +30,7 @@ from foretell.decoding.generate import MTPForCausalLM
 from foretell.decoding.pick import Picker
 from foretell.errors import ForetellError
 from foretell.evaluation.acceptance_profiles import ACCEPTANCE, Profile, named_profile
+from foretell.evaluation.baselines import huggingface_generate
 from foretell.evaluation.optimum import Cost, DraftCost, by_width, fixed_rate, optimum
 from foretell.evaluation.replay import ReplayDrafter
 from foretell.evaluation.report import Spread, environment
@@ -37,7 +38,7 @@ from foretell.evaluation.shapes import SHAPES, random_model
 from foretell.evaluation.step_cost import StepBench, now, strategy_layouts
 
 RESULTS = Path(__file__).parent / "results"
-PLAIN, ADAPTIVE = "autoregressive", "adaptive"
+PLAIN, ADAPTIVE, TRANSFORMERS = "autoregressive", "adaptive", "huggingface generate"
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Row:
     masks: int = 0
 
     def __str__(self) -> str:
-        return "plain" if self.strategy == PLAIN else f"{self.strategy} {self.masks}"
+        return "plain" if self.strategy == PLAIN else f"{self.strategy} {self.masks or ''}".rstrip()
 
 
 @dataclass
@@ -82,12 +83,26 @@ class Cell:
 
     def decode(self, row: Row, seed: int) -> Pass:
         """All prompts, `batch` at a time, with drafts of luck `seed`."""
+        if row.strategy == TRANSFORMERS:
+            return self._transformers()
         config = DecodeConfig(
             strategy=row.strategy, masks=row.masks or None, max_new_tokens=self.new, shortlist=self.shortlist
         )
         done = Pass([[] for _ in self.prompts])
         for start in range(0, len(self.prompts), self.batch):
             self._decode_batch(config, slice(start, start + self.batch), seed, done)
+        return done
+
+    def _transformers(self) -> Pass:
+        """The base's own `generate()`, as transformers loads it; there every step of a batch decides a token each."""
+        done = Pass([])
+        for start in range(0, len(self.prompts), self.batch):
+            prompts = [prompt[None] for prompt in self.prompts[start : start + self.batch]]
+            decoded = huggingface_generate(self.model, prompts, self.new)
+            done.texts += decoded.tokens
+            done.steps += sum(len(text) - 1 for text in decoded.tokens)
+            done.seconds += decoded.seconds - decoded.first_token_seconds
+        done.tokens = done.rows = done.steps
         return done
 
     def _decode_batch(self, config: DecodeConfig, which: slice, seed: int, done: Pass) -> None:
@@ -168,7 +183,7 @@ def summarise(cell: Cell, passes: dict[Row, list[Pass]], cost: Cost, draft_cost:
     rows = []
     for row, done in passes.items():
         expected = None
-        if row.strategy not in (PLAIN, ADAPTIVE):
+        if row.strategy in ("linear", "quadratic"):
             expected = fixed_rate(row.strategy, row.masks, cell.profile, cost, draft_cost) / plain_rate
         rows.append(
             {
@@ -227,6 +242,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, help="prompts decoded side by side")
     parser.add_argument("--linear", type=int, nargs="*", default=(3, 5, 8), help="masks of the linear rows")
     parser.add_argument("--quadratic", type=int, nargs="*", default=(2, 3, 4, 8), help="masks of the quadratic rows")
+    parser.add_argument("--no-hf", action="store_true", help="leave out transformers' generate(), a second copy")
     parser.add_argument("--no-adaptive", action="store_true", help="leave the planner out")
     parser.add_argument("--shortlist", type=int, default=64, choices=(0, 32, 64, 128), help="of the chain; 0: exact")
     parser.add_argument("--informative", action="store_true", help="confidences that tell something of each draft")
@@ -248,7 +264,8 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     count, length = args.prompts or max(2, args.batch), args.context - args.new // 2
     prompts = torch.randint(0, model.base.vocab_size, (count, length), generator=generator).to(model.base.device)
-    rows = [Row(PLAIN), *(Row("linear", k) for k in args.linear), *(Row("quadratic", k) for k in args.quadratic)]
+    rows = [] if args.no_hf else [Row(TRANSFORMERS)]
+    rows += [Row(PLAIN), *(Row("linear", k) for k in args.linear), *(Row("quadratic", k) for k in args.quadratic)]
     if not args.no_adaptive:
         rows.append(Row(ADAPTIVE, model.max_masks))
     settings = {name: getattr(args, name) for name in ("shortlist", "rank", "context", "new", "rounds", "informative")}

@@ -41,7 +41,9 @@ def code_prompts(code: Path, tok: PreTrainedTokenizerFast) -> Iterator[str]:
 def write_answers(base: Path, adapter_data: Path, counts: dict[str, int] = COUNTS) -> None:
     """`answers_problems.jsonl` and `answers_code.jsonl` in `adapter_data`, `{"text": ...}` per line."""
     tok = tokenizer.load(base)
-    model = MTPForCausalLM(load_base(str(base)), MTPConfig(masks=1, rank=1), tok)  # decodes plainly: no adapter yet
+    loaded = load_base(str(base))
+    loaded.pack(lambda: load_base(str(base)).lm)
+    model = MTPForCausalLM(loaded, MTPConfig(masks=1, rank=1), tok)  # decodes plainly: no adapter yet
     sources = {
         "problems": (problem.prompt for problem in problems.training_problems(PROMPT_SEED)),
         "code": code_prompts(adapter_data.with_name("code.jsonl"), tok),
