@@ -126,6 +126,14 @@ def test_calibration_learns_what_confidences_are_worth() -> None:
     assert calibration.chances(logit(told))[:2] == pytest.approx(true[:2], abs=0.06)
 
 
+def test_chances_in_plain_python() -> None:
+    calibration = Calibration(4)
+    for held in (0, 2, 4):
+        calibration.learn(logit(np.array([0.9, 0.2, 0.7, 0.6])), held)
+    for told in ([0.9], [0.4, 1.0, 0.0], [0.5, float("nan"), 0.99, 0.3]):
+        assert calibration.chance_of_all(told) == pytest.approx(calibration.chances(logit(np.array(told))).prod())
+
+
 def test_calibration_starts_with_the_confidences() -> None:
     told = np.array([0.2, 0.5, 0.97])
     assert Calibration(3).chances(logit(told)) == pytest.approx(told)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ FIRST_GUESS = 0.6  # confidence of every draft before anything was seen
 
 def logit(confidence: Floats) -> Floats:
     """Clipped log-odds."""
-    p = np.clip(np.nan_to_num(confidence), 1e-9, 1 - 1e-9)  # NaN: half precision overflowed in the sampler
+    p = np.fmin(np.fmax(confidence, 1e-9), 1 - 1e-9)  # fmax passes over NaN: half precision overflowed in the sampler
     return np.clip(np.log(p) - np.log1p(-p), -LIMIT, LIMIT)
 
 
@@ -38,11 +39,22 @@ class Calibration:
         variance = [PRIOR_VARIANCE["bias"], PRIOR_VARIANCE["slope"], *[PRIOR_VARIANCE["place"]] * masks]
         self.covariance = np.diag(variance)
         self._drift = DRIFT * np.diag(variance)
+        self._coefficients: list[float] = self.mean.tolist()
 
     def chances(self, logits: Floats) -> Floats:
         """Log-odds of confidences (..., n) of drafts 1..n -> the chance that each holds if those before it do."""
         score = self.mean[0] + self.mean[1] * logits + self.mean[2 : 2 + logits.shape[-1]]
         return 1 / (1 + np.exp(-score))
+
+    def chance_of_all(self, confidences: Sequence[float]) -> float:
+        """The chance that drafts 1..n of these confidences all hold: `chances` in plain Python, for every new draft."""
+        bias, slope, *places = self._coefficients
+        chance = 1.0
+        for confidence, place in zip(confidences, places, strict=False):
+            p = min(max(confidence, 1e-9), 1 - 1e-9) if confidence == confidence else 1e-9
+            score = bias + slope * min(max(math.log(p / (1 - p)), -LIMIT), LIMIT) + place
+            chance /= 1 + math.exp(-score)
+        return chance
 
     def learn(self, logits: Floats, held: int) -> None:
         """The first `held` of the drafts with these log-odds (n,) held, and the next, if there is one, did not."""
@@ -57,6 +69,7 @@ class Calibration:
         # Bounded: without news for long, ignorance doesn't exceed the prior's.
         grow = np.diag(self.covariance) < np.diag(self._drift) / DRIFT
         self.covariance[grow, grow] += np.diag(self._drift)[grow]
+        self._coefficients = self.mean.tolist()
 
 
 class Experience:
@@ -66,10 +79,12 @@ class Experience:
         self.masks = masks
         self.calibration = Calibration(masks)
         self._recent: deque[Floats] = deque(maxlen=WINDOW)  # log-odds (k,)
+        self.blocks = 0  # ever made
 
     def made(self, confidences: Floats) -> Floats:
         """A new block's confidences (n,) -> their log-odds, remembered as an example of what blocks promise."""
         logits = logit(confidences)
+        self.blocks += 1
         # A block of fewer masks is taken to go on as it ends: its next drafts would be about as sure as its last.
         self._recent.append(np.concatenate([logits, np.full(self.masks - len(logits), logits[-1])]))
         return logits

@@ -12,7 +12,9 @@ from foretell.layout import Block, Layout
 
 SWEEPS = 3  # of value iteration per solution, each going on from the last
 SOLVE_EVERY = (1, 16)  # steps between solutions, doubling from the first to the second
-PROBE_EVERY = (8, 256)  # steps without masks before some are tried again, doubling while that is in vain
+SETTLED = 4  # solutions after which nothing new is found, unless drafts were made in between
+PROBE_EVERY = (8, 256)  # steps without masks before some are tried again, fourfold while that is in vain
+PROBE_MASKS = 4  # the first drafts tell most
 
 
 class Planner:
@@ -36,18 +38,40 @@ class Planner:
         self.per_token = float(self.seconds[0, 0])
         self._until_solution, self._solve_every = 0, SOLVE_EVERY[0]
         self._without_masks, self._probe_every = 0, PROBE_EVERY[0]
+        self._without_drafts: Layout | None = None  # the best step where none is at hand, until the next solution
+        self._solutions, self._blocks = 0, 0  # since drafts were made, and how many blocks there were then
 
     def layouts(self, drafts: Sequence[Floats], remaining: Sequence[int]) -> list[Layout]:
         """One layout per sequence, for log-odds of its drafts' confidences (m_b,) and the tokens it may still get.
 
-        All verify at most one common number of drafts and hang at most one common number of masks; a probe hangs k.
+        All verify at most one common number of drafts and hang at most one common number of masks.
         """
+        self._solve_if_due()
+        held = [min(len(own), left - 1) for own, left in zip(drafts, remaining, strict=True)]
+        if not any(held):  # plain decoding mostly: nothing but the next solution can change this answer
+            if self._without_drafts is None:
+                (self._without_drafts,) = self._best([np.zeros(0)], [0])
+            masks = self._without_drafts.masks
+            probe = Layout(1, (Block(0, min(PROBE_MASKS, self.masks)),))
+            return [probe if self._probe(masks) else self._without_drafts] * len(remaining)
+        layouts = self._best(drafts, held)
+        self._probe(layouts[0].width - 1)
+        return layouts
+
+    def _solve_if_due(self) -> None:
         if self._until_solution == 0:
-            self.solve()
             self._solve_every = min(2 * self._solve_every, SOLVE_EVERY[1])
             self._until_solution = self._solve_every
+            if self.experience.blocks != self._blocks:
+                self._solutions, self._blocks = 0, self.experience.blocks
+            if self._solutions < SETTLED:
+                self._solutions += 1
+                self.solve()
+                self._without_drafts = None
         self._until_solution -= 1
-        held = [min(len(own), left - 1) for own, left in zip(drafts, remaining, strict=True)]
+
+    def _best(self, drafts: Sequence[Floats], held: Sequence[int]) -> list[Layout]:
+        """The layouts of least expected seconds, for sequences of which `held` drafts may be verified."""
         chances = np.zeros((len(drafts), self.masks))
         for row, own in enumerate(drafts):
             chances[row, : held[row]] = self.experience.calibration.chances(own)[: held[row]]
@@ -63,8 +87,6 @@ class Planner:
         # `worth` is in shares of a whole batch's step, as `solve` sees one sequence alone: their mean is the step's.
         scores = self.seconds[: most + 1, : worth.shape[-1]] - worth[rows, own_drafts].mean(0)
         verified, hung = np.unravel_index(int(scores.argmin()), scores.shape)
-        if self._probe(int(verified + hung)):
-            return [Layout(1, (Block(0, self.masks),))] * len(remaining)
         result = []
         for row in range(len(drafts)):
             d = int(own_drafts[row, verified])
@@ -75,7 +97,7 @@ class Planner:
 
     def begin_text(self) -> None:
         """A new text may be of another kind: plan anew, and try masks at once if plain decoding seems best."""
-        self._until_solution = 0
+        self._until_solution = self._solutions = 0
         self._without_masks = self._probe_every = PROBE_EVERY[0]
 
     def _probe(self, more: int) -> bool:
@@ -86,7 +108,7 @@ class Planner:
         self._without_masks += 1
         if self._without_masks < self._probe_every:
             return False
-        self._without_masks, self._probe_every = 0, min(2 * self._probe_every, PROBE_EVERY[1])
+        self._without_masks, self._probe_every = 0, min(4 * self._probe_every, PROBE_EVERY[1])
         return True
 
     def solve(self, sweeps: int = SWEEPS) -> None:

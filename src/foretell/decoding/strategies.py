@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foretell.decoding.calibration import Experience, Floats, logit
+from foretell.decoding.calibration import Experience, Floats
 from foretell.decoding.draft import GoOn
 from foretell.decoding.planner import Planner
 from foretell.layout import Block, Layout, linear, plain, quadratic
@@ -99,8 +99,8 @@ class Adaptive:
         return self._likely if self.floor else None
 
     def _likely(self, confidences: Tensor) -> bool:
-        chances = self.experience.calibration.chances(logit(confidences.numpy()))
-        return float(chances.prod(axis=1).max()) >= self.floor
+        chance = self.experience.calibration.chance_of_all
+        return any(chance(row) >= self.floor for row in confidences.tolist())
 
     def decided(self, row: Running, tokens: Sequence[int]) -> None:
         still_open = []
