@@ -109,6 +109,7 @@ def _total_variation(logits: Tensor, wanted: Tensor) -> Tensor:
 @torch.no_grad()
 def choices(model: MTPModel, latents: Tensor) -> Tensor:
     """latents (R, D) -> (R,) int64, the likeliest tokens, never all logits at once."""
+    if not latents.shape[0]:
+        return latents.new_zeros(0, dtype=torch.long)
     rows = max(1, LOGITS_AT_ONCE // model.base.vocab_size)
-    parts = [model.base.unembed(part).argmax(-1) for part in latents.split(rows)]
-    return torch.cat(parts) if parts else latents.new_zeros(0, dtype=torch.long)
+    return torch.cat([model.base.unembed(part).argmax(-1) for part in latents.split(rows)])

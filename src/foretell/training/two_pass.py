@@ -116,7 +116,8 @@ def one_pass(model: MTPModel, ids: Tensor, anchors: Tensor, lengths: Tensor | No
     positions = torch.cat([regular, mask_positions(anchors, k, tokens)], dim=1)
     causal = torch.ones(tokens, tokens + blocks * k, dtype=torch.bool, device=ids.device).tril()
     visible = torch.cat(
-        [causal.expand(batch, -1, -1), visibility(anchors, k, tokens, block_ends(model, anchors, lengths))], dim=1
+        [causal.expand(batch, -1, -1), visibility(anchors, k, tokens, block_ends(model, anchors, tokens, lengths))],
+        dim=1,
     )
     mask = attention_mask(visible, positions, positions, model.base.text_config, model.base.dtype)
     embeddings = torch.cat([model.base.embed(ids), mask_embeddings(model, batch, blocks)], dim=1)
@@ -139,11 +140,15 @@ def mask_positions(anchors: Tensor, k: int, tokens: int) -> Tensor:
     return (anchors[:, :, None] + offsets).clamp(max=tokens - 1).flatten(1)
 
 
-def block_ends(model: MTPModel, anchors: Tensor, lengths: Tensor | None) -> Tensor | None:
-    """(B, A): how many masks of a block see each other; None if attention is causal, each seeing those up to itself."""
+def block_ends(model: MTPModel, anchors: Tensor, tokens: int, lengths: Tensor | None) -> Tensor | None:
+    """(B, A): how many masks of a block see each other; None if attention is causal, each seeing those up to itself.
+
+    Masks past the end are left out, as in decoding: they are not where they ought to be.
+    """
     if not model.bidirectional:
         return None
-    return torch.full_like(anchors, model.max_masks) if lengths is None else lengths
+    inside = (tokens - 1 - anchors).clamp(1, model.max_masks)
+    return inside if lengths is None else torch.minimum(inside, lengths)
 
 
 def visibility(anchors: Tensor, k: int, tokens: int, ends: Tensor | None = None) -> Tensor:
@@ -168,6 +173,6 @@ def mask_rows(
 ) -> AttentionMask:
     """The additive mask of the second pass, per layer type where the base wants it."""
     regular = torch.arange(tokens, device=anchors.device).expand(anchors.shape[0], -1)
-    visible = visibility(anchors, model.max_masks, tokens, block_ends(model, anchors, lengths))
+    visible = visibility(anchors, model.max_masks, tokens, block_ends(model, anchors, tokens, lengths))
     keys = torch.cat([regular, positions], dim=1)
     return attention_mask(visible, positions, keys, model.base.text_config, model.base.dtype)
