@@ -138,7 +138,7 @@ class TrainConfig(Config):
     steps: int = option(2000, "optimiser steps", minimum=1)
     batch_size: int = option(8, "sequences per step", minimum=1)
     seq_len: int = option(512, "tokens per sequence; longer records are cut", minimum=8)
-    anchors: int = option(64, "mask blocks per sequence, hung after randomly chosen positions", minimum=1)
+    anchors: int = option(64, "mask blocks per sequence; anchor_choice says where", minimum=1)
     lr: float = option(1e-3, "peak learning rate of AdamW", minimum=0.0)
     warmup: int = option(100, "steps of linear warm-up, at most a fifth of all", minimum=0)
     schedule: str = option("cosine", "learning rate after warm-up", choices=("cosine", "flat"))
