@@ -40,6 +40,7 @@ from foretell.training.sources import read_records
 
 RECIPES = Path(__file__).with_name("ablation.yaml")
 BATCH = 32  # prompts answered side by side
+SELDOM = ("checkpoint_every", "log_every", "evaluate_every")  # at the last step only
 Ids = list[int]
 
 
@@ -62,7 +63,10 @@ def main() -> None:
     if not args.table:
         if len(args.bases) != len(args.data):
             parser.error("give as many files of --data as --bases")
-        run_missing(args)
+        try:
+            run_missing(args)
+        except ForetellError as error:
+            raise SystemExit(f"error: {error}") from None
     Console(width=160).print(table(read_runs(args.output)))
 
 
@@ -70,7 +74,7 @@ def run_missing(args: argparse.Namespace) -> None:
     recipes = load_recipes(args.recipes_file)
     for name in args.recipes or ():
         if name not in recipes:
-            raise SystemExit(f"there is no recipe {name!r}; known: {', '.join(recipes)}")
+            raise ForetellError(f"there is no recipe {name!r}; known: {', '.join(recipes)}")
     cache = args.cache or args.output[0].parent / "answers"
     for seed in args.seeds:
         for base, data in zip(args.bases, args.data, strict=True):
@@ -148,7 +152,7 @@ def train_and_measure(base: str, data: Path, run: dict[str, Any], cache: Path) -
     ]
     torch.manual_seed(config.seed)
     model = MTPForCausalLM(load_base(name), mtp, load_tokenizer(name))
-    quiet = TrainConfig.from_dict(config.to_dict() | {"checkpoint_every": 10**9, "evaluate_every": 10**9})
+    quiet = TrainConfig.from_dict(config.to_dict() | dict.fromkeys(SELDOM, 10**9))
     with TemporaryDirectory() as output:
         training = Training(model, Corpus(examples, Report()), Path(output), quiet, PartialState(cpu=True))
         training.run(None)
