@@ -50,10 +50,9 @@ def test_runs_are_written_once_and_shown(
     save_base(base)
     data.write_text("\n".join(json.dumps({"text": f"a text that is number {n} of many, all alike"}) for n in range(26)))
     recipes.write_text(RECIPES)
-    common = [
-        "ablation", "--bases", str(base), "--data", str(data), "--recipes-file", str(recipes), "--steps", "2",
-        "--texts", "22", "--prompts", "2", "--prompt-tokens", "8", "--new-tokens", "12", "--output", str(output), "--seeds",
-    ]  # fmt: skip
+    sizes = {"steps": 2, "texts": 22, "prompts": 2, "prompt-tokens": 8, "new-tokens": 12}
+    common = ["ablation", *(f"--{name}={size}" for name, size in sizes.items()), f"--recipes-file={recipes}"]
+    common += [f"--bases={base}", f"--data={data}", f"--output={output}", "--seeds"]
     monkeypatch.setattr(sys, "argv", [*common, "0"])
     runner.main()
     first = [json.loads(line) for line in output.read_text().splitlines()]
