@@ -6,6 +6,7 @@ from torch import Tensor
 
 from foretell.decoding.draft import GoOn, draft
 from foretell.model import MTPModel
+from foretell.sampler import BigramHead
 
 from .models import VOCAB, random_prompt, reference, tiny_model
 
@@ -20,7 +21,7 @@ def plain_chain(model: MTPModel, latents: Tensor, token: Tensor) -> list[int]:
     return drafts
 
 
-@pytest.mark.parametrize("sampler", ["mlp", "residual"])
+@pytest.mark.parametrize("sampler", ["mlp", "residual", "bigram"])
 @pytest.mark.parametrize("name", ["llama", "opt", "gemma2"])
 def test_chain_equals_the_plain_reading(name: str, sampler: str) -> None:
     model = tiny_model(name, sampler=sampler)
@@ -98,3 +99,13 @@ def test_a_chain_ends_when_told() -> None:
         early, confidences = draft(model, latents, first, confident=True, go_on=above(floor))
         assert torch.equal(early, drafts[:, :made]) and torch.equal(confidences, sure[:, :made])
     assert draft(model, latents, first, confident=True, go_on=above(0.0))[0].shape == (2, 4)
+
+
+def test_the_bigram_head_adds_a_low_rank_table_to_the_logits() -> None:
+    model = tiny_model(sampler="bigram", sampler_rank=3)
+    assert isinstance(model.sampler, BigramHead)
+    tokens, latents = torch.arange(VOCAB), torch.randn(VOCAB, 32)
+    bias = model.base.unembed(model.sampler(model.base.embed(tokens), latents)) - model.base.unembed(latents)
+    assert torch.linalg.matrix_rank(bias, rtol=1e-4) == 3
+    fresh = tiny_model(sampler="bigram", random_adapter=False).sampler
+    assert fresh is not None and torch.equal(fresh(model.base.embed(tokens), latents), latents)

@@ -18,8 +18,9 @@ from foretell.config import MTPConfig, TrainConfig
 from foretell.errors import ForetellError
 from foretell.model import MTPModel
 from foretell.training.loop import train
-from foretell.training.losses import cross_entropy, latent_consistency, mtp_losses, targets
+from foretell.training.losses import latent_consistency, mtp_losses, targets
 from foretell.training.metrics import Agreement, agreement
+from foretell.training.objectives import cross_entropy
 from foretell.training.step import learning_rate
 
 from .models import random_prompt, reference, tiny_lm, tiny_model
@@ -67,7 +68,7 @@ def test_latent_consistency_by_hand() -> None:
 
 
 def test_cross_entropy_in_chunks_equals_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("foretell.training.losses.LOGITS_AT_ONCE", 3 * 11)
+    monkeypatch.setattr("foretell.training.objectives.LOGITS_AT_ONCE", 3 * 11)
     torch.manual_seed(0)
     head, labels = torch.nn.Linear(5, 11).requires_grad_(False), torch.randint(11, (8,))
     one, two = (torch.randn(8, 5, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2))

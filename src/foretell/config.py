@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self
 from foretell.errors import ForetellError
 
 DTYPES = ("float32", "bfloat16", "float16")
+OBJECTIVES = ("labels", "kl", "tv")
 
 
 def option(
@@ -116,8 +117,15 @@ class MTPConfig(Config):
     alpha: float = option(256.0, "LoRA scale: the low-rank term is multiplied by alpha / rank", minimum=0.0)
     sampler: str = option(
         "residual",
-        "sampler head: residual (z + MLP), mlp as in the paper, or none",
-        choices=("mlp", "residual", "none"),
+        "sampler head: residual (z + MLP), mlp as in the paper, bigram (z + low-rank map of the token before), or none",
+        choices=("mlp", "residual", "bigram", "none"),
+    )
+    sampler_rank: int = option(64, "rank of the bigram sampler head", minimum=1)
+    mask_attention: str = option(
+        "causal",
+        "which masks of its block a mask sees: causal, up to itself; bidirectional, all, trained with blocks of random "
+        "lengths because decoding shortens blocks too",
+        choices=("causal", "bidirectional"),
     )
 
 
@@ -130,7 +138,7 @@ class TrainConfig(Config):
     steps: int = option(2000, "optimiser steps", minimum=1)
     batch_size: int = option(8, "sequences per step", minimum=1)
     seq_len: int = option(512, "tokens per sequence; longer records are cut", minimum=8)
-    anchors: int = option(64, "mask blocks per sequence, hung after randomly chosen positions", minimum=1)
+    anchors: int = option(64, "mask blocks per sequence; anchor_choice says where", minimum=1)
     lr: float = option(1e-3, "peak learning rate of AdamW", minimum=0.0)
     warmup: int = option(100, "steps of linear warm-up, at most a fifth of all", minimum=0)
     schedule: str = option("cosine", "learning rate after warm-up", choices=("cosine", "flat"))
@@ -142,6 +150,32 @@ class TrainConfig(Config):
     lcm_normalised: bool = option(
         True,
         "divide the latent consistency loss by the variance of the base's latents: one weight then suits every base",
+    )
+    base_objective: str = option(
+        "labels",
+        "what the base's logits at masks learn: labels (cross-entropy to the text), kl or tv (Kullback-Leibler "
+        "divergence or total variation to the base's own next-token distribution)",
+        choices=OBJECTIVES,
+    )
+    sampler_objective: str = option("labels", "the same for the sampler head's logits", choices=OBJECTIVES)
+    offset_weights: str = option(
+        "uniform",
+        "weight of a mask's losses by its place in the block: uniform, decay (see offset_decay), or acceptance (the "
+        "running estimate of the chance that all drafts before it hold)",
+        choices=("uniform", "decay", "acceptance"),
+    )
+    offset_decay: float = option(
+        0.8, "with decay: each mask's weight over that of the one before", minimum=0.01, maximum=1.0
+    )
+    anchor_choice: str = option(
+        "random",
+        "which positions get a mask block: random; every (a run of neighbours, all positions if anchors are enough); "
+        "uncertain or certain (of twice as many random ones, the half where the base knows less, or more, what m1 is "
+        "to say)",
+        choices=("random", "every", "uncertain", "certain"),
+    )
+    masks_warmup: int = option(
+        0, "steps over which the masks trained per block grow from 1 to k; 0: all at once", minimum=0
     )
     seed: int = option(0, "seed of initialisation, data order and anchors", minimum=0)
     dtype: str = option("float32", "precision of the base's weights and of autocast", choices=DTYPES)

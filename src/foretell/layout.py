@@ -36,6 +36,7 @@ class Layout:
 
     regular: int
     blocks: tuple[Block, ...] = ()
+    bidirectional: bool = False  # a mask sees all masks of its block; otherwise those up to itself
 
     def __post_init__(self) -> None:
         if self.regular < 1:
@@ -88,7 +89,8 @@ class Layout:
         see = torch.zeros(self.width, self.width, dtype=torch.bool)
         see[: self.regular, : self.regular] = regular[:, None] >= regular[None, :]
         see[self.regular :, : self.regular] = after[:, None] >= regular[None, :]
-        see[self.regular :, self.regular :] = (owner[:, None] == owner[None, :]) & (number[:, None] >= number[None, :])
+        own = owner[:, None] == owner[None, :]
+        see[self.regular :, self.regular :] = own & ((number[:, None] >= number[None, :]) | self.bidirectional)
         return see
 
     def block_rows(self, after: int) -> slice | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from foretell.config import MTPConfig
 from foretell.errors import ForetellError
 from foretell.gated_lora import GatedLoRA, adapted_modules
 from foretell.layout import Layout
-from foretell.sampler import SamplerHead
+from foretell.sampler import Sampler, make_sampler
 from foretell.support import check_supported, self_test
 
 
@@ -50,9 +51,7 @@ class MTPModel(nn.Module):
             config.alpha,
             gated=config.adapter == "gated",
         )
-        self.sampler: SamplerHead | None = None
-        if config.sampler != "none":
-            self.sampler = SamplerHead(base.d_model, base.d_embedding, residual=config.sampler == "residual")
+        self.sampler: Sampler | None = make_sampler(config, base.d_model, base.d_embedding)
         self.own_modules_to(device=base.device)
 
     def own_modules_to(self, **kwargs: Any) -> None:
@@ -77,6 +76,11 @@ class MTPModel(nn.Module):
         """k: masks per block that the adapter was trained with."""
         return self.config.masks
 
+    @property
+    def bidirectional(self) -> bool:
+        """Whether a mask sees all masks of its block."""
+        return self.config.mask_attention == "bidirectional"
+
     def step(self, ids: Tensor, layouts: Sequence[Layout], cache: Cache, lengths: Sequence[int]) -> Tensor:
         """One forward: ids (B, R) int64 with a layout and a number of cached tokens per sequence -> z (B, Q, D).
 
@@ -92,6 +96,8 @@ class MTPModel(nn.Module):
             numbers = [on_device(layout, self.base.device).mask_numbers for layout in layouts]
             masks = torch.stack([self.mask_vectors[number] for number in numbers])
             embeddings = torch.cat([embeddings, masks.to(embeddings.dtype)], dim=1)
+        if self.bidirectional:  # strategies need not know how the masks were trained
+            layouts = [replace(layout, bidirectional=True) for layout in layouts]
         positions, mask = step_attention(layouts, lengths, self.base)
         with self.adapter.open(layouts[0].regular, layouts[0].width):
             return self.base.latents(embeddings, positions, mask, cache)

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from foretell.config import MTPConfig
 
 
-class SamplerHead(nn.Module):
-    """MLP([E_y; z]), two blocks of Linear -> SiLU -> LayerNorm with widths 2D -> D -> D; the base unembeds its output.
+class Sampler(nn.Module):
+    """A map of the previous token's embedding (..., E) and a mask's latent z (..., D) to the latent to be unembedded.
+
+    It comes in two parts, because decoding knows all latents of a block at once but the tokens only one by one:
+    `prepare` reads the latents, `finish` the token.
+    """
+
+    def prepare(self, latent: Tensor) -> Tensor:
+        """latent (..., D) -> (..., D): what needs no token."""
+        raise NotImplementedError
+
+    def finish(self, prepared: Tensor, embedding: Tensor, latent: Tensor) -> Tensor:
+        """`prepared` and latent (..., D), embedding (..., E) -> (..., D), to be unembedded by the base."""
+        raise NotImplementedError
+
+    def forward(self, embedding: Tensor, latent: Tensor) -> Tensor:
+        return self.finish(self.prepare(latent), embedding, latent)
+
+
+class SamplerHead(Sampler):
+    """MLP([E_y; z]), two blocks of Linear -> SiLU -> LayerNorm with widths 2D -> D -> D.
 
     `residual=True` gives z + MLP(...) with the last norm's gain at zero, so that training starts at the base's own
     choice.
@@ -24,12 +45,41 @@ class SamplerHead(nn.Module):
         if residual:
             nn.init.zeros_(self.second_norm.weight)
 
-    def forward(self, embedding: Tensor, latent: Tensor) -> Tensor:
-        """embedding (..., E) of the previous token and latent z (..., D), to the latent (..., D) to be unembedded."""
-        return self.finish(self.first(torch.cat([embedding, latent], dim=-1)), latent)
+    def prepare(self, latent: Tensor) -> Tensor:
+        rows = F.linear(latent.reshape(-1, latent.shape[-1]), self.first.weight[:, self.d_embedding :], self.first.bias)
+        return rows.view(latent.shape)
 
-    def finish(self, hidden: Tensor, latent: Tensor) -> Tensor:
-        """From the first linear's output (..., D) onwards; decoding computes that output in two halves."""
-        hidden = self.first_norm(nn.functional.silu(hidden))
-        out = self.second_norm(nn.functional.silu(self.second(hidden)))
+    def finish(self, prepared: Tensor, embedding: Tensor, latent: Tensor) -> Tensor:
+        hidden = prepared + F.linear(embedding, self.first.weight[:, : self.d_embedding])
+        hidden = self.first_norm(F.silu(hidden))
+        out = self.second_norm(F.silu(self.second(hidden)))
         return latent + out if self.residual else out
+
+
+class BigramHead(Sampler):
+    """z + B A E_y: logits W z plus a low-rank table of which token follows which, W B A E_y.
+
+    A (r, E) and B (D, r); B starts at zero, so that training starts at the base's own choice. **Ours**: 2 r D numbers
+    instead of 3 D².
+    """
+
+    def __init__(self, d_model: int, d_embedding: int, rank: int) -> None:
+        super().__init__()
+        self.a = nn.Linear(d_embedding, rank, bias=False)
+        self.b = nn.Linear(rank, d_model, bias=False)
+        nn.init.zeros_(self.b.weight)
+
+    def prepare(self, latent: Tensor) -> Tensor:
+        return latent
+
+    def finish(self, prepared: Tensor, embedding: Tensor, latent: Tensor) -> Tensor:
+        return prepared + self.b(self.a(embedding))
+
+
+def make_sampler(config: MTPConfig, d_model: int, d_embedding: int) -> Sampler | None:
+    """The head that `config` names, None for none; its start is drawn from torch's global generator."""
+    if config.sampler == "none":
+        return None
+    if config.sampler == "bigram":
+        return BigramHead(d_model, d_embedding, config.sampler_rank)
+    return SamplerHead(d_model, d_embedding, residual=config.sampler == "residual")

@@ -8,7 +8,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from foretell.config import DecodeConfig
 from foretell.decoding.pick import Picker
@@ -135,16 +134,13 @@ def draft(
         for mask in range(latents.shape[1]):
             take(scores[:, mask], mask)
     else:
-        # The first linear reads [E_y; z]. Its z half needs no token, so it is done for all masks at once.
-        of_token, of_latent = sampler.first.weight.split([sampler.d_embedding, latents.shape[-1]], dim=1)
-        halves = F.linear(latents.flatten(0, 1), of_latent, sampler.first.bias).view(*latents.shape[:2], -1)
+        prepared = sampler.prepare(latents)  # what needs no token, for all masks at once
         short = None
         if shortlist and isinstance(model.base.head, (nn.Linear, PackedLinear)):
             short = Shortlist(model, model.base.unembed(latents) if logits is None else logits, shortlist)
         token = first
         for mask in range(latents.shape[1]):
-            hidden = halves[:, mask] + F.linear(model.base.embed(token), of_token)
-            sampled = sampler.finish(hidden, latents[:, mask])  # (B, D)
+            sampled = sampler.finish(prepared[:, mask], model.base.embed(token), latents[:, mask])  # (B, D)
             if short is None:
                 take(model.base.unembed(sampled), mask)
             elif choose is largest:

@@ -15,6 +15,7 @@ from foretell.config import MTPConfig
 from foretell.decoding.generate import MTPForCausalLM, resolve_device, resolve_dtype
 from foretell.errors import ForetellError
 from foretell.packed import why_not
+from foretell.sampler import SamplerHead
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {  # for tests and dry runs
@@ -78,11 +79,11 @@ def random_model(
     if packed or (packed is None and why_not(base.device, base.dtype) is None):
         base.pack(make)
     torch.manual_seed(seed)
-    model = MTPForCausalLM(base, MTPConfig(masks=masks, rank=rank, alpha=2.0 * rank), check=False)
+    model = MTPForCausalLM(base, MTPConfig(masks=masks, rank=rank, alpha=2.0 * rank, sampler="residual"), check=False)
     for name, parameter in model.adapter.named_parameters():
         if name.endswith(".b"):
             nn.init.normal_(parameter, std=0.01)
-    if model.sampler is not None:
+    if isinstance(model.sampler, SamplerHead):
         nn.init.constant_(model.sampler.second_norm.weight, 0.1)
     model.for_inference()
     model.source = f"{shape} (random weights)"

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from foretell.training.anchors import CHOSEN_AMONG, by_entropy, run_of_candidates
 from foretell.training.data import Example, candidates
 
 WINDOW = 16  # batches' worth of examples that are sorted by length together
@@ -50,8 +51,11 @@ class Batches:
     its beginning.
     """
 
-    def __init__(self, examples: Sequence[Example], batch_size: int, anchors: int, seed: int) -> None:
+    def __init__(
+        self, examples: Sequence[Example], batch_size: int, anchors: int, seed: int, choice: str = "random"
+    ) -> None:
         self.examples, self.batch_size, self.anchors, self.seed = examples, batch_size, anchors, seed
+        self.choice = choice
         self.per_epoch = -(-len(examples) // batch_size)
         self._epoch = -1
         self._order: list[list[int]] = []
@@ -61,7 +65,7 @@ class Batches:
         if epoch != self._epoch:
             self._order, self._epoch = self._shuffled(epoch), epoch
         chosen = [self.examples[i] for i in self._order[index]]
-        return make_batch(chosen, self.anchors, generator(self.seed, "anchors", number))
+        return make_batch(chosen, self.anchors, generator(self.seed, "anchors", number), self.choice)
 
     def _shuffled(self, epoch: int) -> list[list[int]]:
         source = generator(self.seed, "order", epoch)
@@ -75,8 +79,11 @@ class Batches:
         return [batches[i] for i in torch.randperm(len(batches), generator=source).tolist()]
 
 
-def make_batch(examples: Sequence[Example], anchors: int, source: torch.Generator) -> Batch:
-    """Pads the examples and draws anchors without replacement from the positions that have a label ahead."""
+def make_batch(examples: Sequence[Example], anchors: int, source: torch.Generator, choice: str = "random") -> Batch:
+    """Pads the examples and draws anchors without replacement from the positions that have a label ahead.
+
+    `choice` is TrainConfig's anchor_choice; by entropy there are more anchors, of which the step keeps some.
+    """
     longest = max(len(example.ids) for example in examples)
     ids = torch.zeros(len(examples), longest, dtype=torch.long)
     trained, real = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
@@ -84,18 +91,21 @@ def make_batch(examples: Sequence[Example], anchors: int, source: torch.Generato
         ids[row, : len(example.ids)] = example.ids
         trained[row, : len(example.ids)] = example.trained
         real[row, : len(example.ids)] = True
-    chosen, valid = choose_anchors(trained, anchors, source)
+    chosen, valid = choose_anchors(trained, anchors, source, choice)
     return Batch(ids, trained, real, chosen, valid)
 
 
-def choose_anchors(trained: Tensor, anchors: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
+def choose_anchors(
+    trained: Tensor, anchors: int, source: torch.Generator, choice: str = "random"
+) -> tuple[Tensor, Tensor]:
     """trained (B, N) -> anchors (B, A), sorted, and which of them count (B, A).
 
     A shrinks to what the richest row offers; poorer rows repeat their first anchor, and the repeats don't count.
     """
-    possible = candidates(trained)
+    possible = run_of_candidates(trained, anchors, source) if choice == "every" else candidates(trained)
+    anchors *= CHOSEN_AMONG if by_entropy(choice) else 1
     count = min(anchors, int(possible.sum(1).max()))
-    rank = torch.rand(trained.shape, generator=source).masked_fill_(~possible, 2.0)
+    rank = torch.rand(possible.shape, generator=source).masked_fill_(~possible, 2.0)
     chosen = rank.argsort(dim=1)[:, :count]
     valid = possible.gather(1, chosen)
     # Impossible positions sort behind all others, so the first column is possible wherever anything is.

@@ -119,7 +119,7 @@ class Training:
         self.source = ""
         self.stepper = Stepper(model, config, place.num_processes)
         examples, self.held_out = split(corpus.examples, config.seed)
-        self.batches = Batches(examples, config.batch_size, config.anchors, config.seed)
+        self.batches = Batches(examples, config.batch_size, config.anchors, config.seed, config.anchor_choice)
         self.fixed = settings(model, config, corpus.fingerprint, place.num_processes)
         self.step, self.seconds = 0, 0.0
         self.metrics: dict[str, Any] = {}  # the latest of each
@@ -130,6 +130,8 @@ class Training:
         if state is not None:
             self.step = restore(self.output, state, self.model, self.stepper.optimizer, self.fixed)
             self.seconds, self.metrics = float(state["seconds"]), dict(state["metrics"])
+            if "held" in state:
+                self.stepper.held.load(state["held"])
         self._drop_metrics_after(self.step)
         self.on_step({"step": self.step, "steps": self.config.steps, "data": str(self.corpus.report)})
         interval = Interval()
@@ -173,8 +175,8 @@ class Training:
         few = slice(0, MEASURED_SEQUENCES)
         target = type(latents.target)(*(tensor[few] for tensor in latents.target))
         with self.stepper.autocast():
-            found = agreement(self.model, latents.z_masks[few], latents.z[few], batch.anchors[few], target)
-            ntp = ntp_loss(self.model, latents.z, batch.ids, batch.anchors, batch.anchor_valid)
+            found = agreement(self.model, latents.z_masks[few], latents.z[few], latents.anchors[few], target)
+            ntp = ntp_loss(self.model, latents.z, batch.ids, latents.anchors, latents.anchor_valid)
         return {
             "ntp_loss": round(float(ntp), 4),
             "agreement": found.per_mask(),
@@ -208,8 +210,9 @@ class Training:
         if (last or stop or self.step % self.config.checkpoint_every == 0) and self.place.is_main_process:
             self.model.provenance = self._provenance()
             save_state(
-                self.output, self.model, self.stepper.optimizer, self.step, self.fixed, self.seconds, self.metrics
-            )
+                self.output, self.model, self.stepper.optimizer, self.step, self.fixed, self.seconds, self.metrics,
+                self.stepper.held.state(),
+            )  # fmt: skip
             checkpoint.save(self.model, self.output)
         if stop and not last:
             raise KeyboardInterrupt

@@ -5,18 +5,15 @@ Letters: B batch, N tokens, A anchors, K masks per block, D hidden, V vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from foretell.config import TrainConfig
 from foretell.model import MTPModel
-
-# Logits held at once: 64 MiB in fp32.
-LOGITS_AT_ONCE = 1 << 24
+from foretell.training.objectives import choices, cross_entropy, row_mean, to_base, to_labels
+from foretell.training.offsets import count_held
 
 
 class Targets(NamedTuple):
@@ -28,8 +25,13 @@ class Targets(NamedTuple):
     valid: Tensor  # (B, A, K) bool: the label exists and it and all tokens since the anchor are trained
 
 
-def targets(ids: Tensor, trained: Tensor, anchors: Tensor, anchor_valid: Tensor, k: int) -> Targets:
-    """ids and trained (B, N), anchors and anchor_valid (B, A). Padding must not be trained."""
+def targets(
+    ids: Tensor, trained: Tensor, anchors: Tensor, anchor_valid: Tensor, k: int, lengths: Tensor | None = None
+) -> Targets:
+    """ids and trained (B, N), anchors and anchor_valid (B, A). Padding must not be trained.
+
+    Of block b only the first lengths[b] masks, lengths (B, A) int64, are valid; by default all k.
+    """
     last = ids.shape[1] - 1
     offsets = torch.arange(1, k + 1, device=ids.device)
     positions = anchors[:, :, None] + offsets  # (B, A, K)
@@ -41,78 +43,68 @@ def targets(ids: Tensor, trained: Tensor, anchors: Tensor, anchor_valid: Tensor,
     # A label after the end of an answer would ask the block to guess the next user turn.
     reached = at(trained, anchors + 1)[:, :, None] & at(trained, ahead + 1) & (positions < last)
     valid = reached.long().cumprod(-1).bool() & anchor_valid[:, :, None]
+    if lengths is not None:
+        valid &= offsets <= lengths[:, :, None]
     return Targets(at(ids, ahead + 1), at(ids, ahead), ahead, valid)
 
 
-class _CrossEntropy(torch.autograd.Function):
-    """Sum of cross-entropies over rows; the gradient of the latents is made in the forward, chunk by chunk.
-
-    So the logits are computed once and never held whole: rows R times vocabulary V is most of the memory otherwise.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, latents: Tensor, labels: Tensor, unembed: Callable[[Tensor], Tensor], rows: int) -> Tensor:
-        total = latents.new_zeros((), dtype=torch.float32)
-        gradient = torch.empty_like(latents) if ctx.needs_input_grad[0] else None
-        for start in range(0, latents.shape[0], rows):
-            part = latents[start : start + rows].detach()
-            with torch.set_grad_enabled(gradient is not None):
-                part.requires_grad_(gradient is not None)
-                loss = F.cross_entropy(unembed(part).float(), labels[start : start + rows], reduction="sum")
-                if gradient is not None:
-                    (gradient[start : start + rows],) = torch.autograd.grad(loss, part)
-            total += loss.detach()
-        ctx.save_for_backward(gradient)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * upstream[0].to(gradient.dtype), None, None, None
-
-
-def cross_entropy(latents: Tensor, labels: Tensor, unembed: Callable[[Tensor], Tensor], vocabulary: int) -> Tensor:
-    """Mean over rows: latents (R, D), labels (R,) -> scalar fp32; zero without rows."""
-    rows = max(1, LOGITS_AT_ONCE // vocabulary)
-    total: Tensor = _CrossEntropy.apply(latents, labels, unembed, rows)
-    return total / max(1, latents.shape[0])
-
-
-def latent_consistency(z_masks: Tensor, z: Tensor, at: Tensor) -> Tensor:
+def latent_consistency(z_masks: Tensor, z: Tensor, at: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean over NTP positions of the mean squared distance to the masks that share the position.
 
     z_masks (R, D); z (P, D), used as a constant; at (R,) int64: each mask's row of z. Mean over D. Zero without rows.
+    With weights (R,) the means are weighted, a position counting as much as its masks do.
     """
     if not at.numel():
         return z_masks.sum()
     error = (z_masks.float() - z.detach()[at].float()).square().mean(-1)
-    sharing = torch.bincount(at, minlength=z.shape[0])
-    return (error / sharing[at]).sum() / (sharing > 0).sum()
+    sharing = torch.bincount(at, minlength=z.shape[0])[at]
+    share = 1 / sharing if weights is None else weights / sharing
+    return (error * share).sum() / share.sum()
 
 
 def mtp_losses(
-    model: MTPModel, z_masks: Tensor, z: Tensor, target: Targets, real: Tensor, config: TrainConfig
+    model: MTPModel,
+    z_masks: Tensor,
+    z: Tensor,
+    target: Targets,
+    real: Tensor,
+    config: TrainConfig,
+    weights: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """`base`, `sampler` and `lcm`, unweighted, and their weighted sum `loss`.
 
-    z_masks (B, A, K, D), z (B, N, D); real (B, N) bool is false at padding. Only rows with a label are unembedded.
+    z_masks (B, A, K, D), z (B, N, D); real (B, N) bool is false at padding; weights (K,) fp32 by offset, by default all
+    alike. Only rows with a label are unembedded. Also `held` (2, K), see `count_held`, if offset_weights needs it.
     """
     unembed, vocabulary = model.base.unembed, model.base.vocab_size
     valid = target.valid
-    masks, labels = z_masks[valid], target.labels[valid]
+    masks, labels, known = z_masks[valid], target.labels[valid], z.detach().flatten(0, 1)
     rows = torch.arange(z.shape[0], device=z.device)[:, None, None] * z.shape[1] + target.positions
-    losses = {"base": cross_entropy(masks, labels, unembed, vocabulary)}
+    at = rows[valid]
+    weight = None if weights is None else weights.expand_as(valid)[valid]
+
+    def loss(latents: Tensor, objective: str) -> Tensor:
+        compare = to_labels(labels) if objective == "labels" else to_base(objective, model, known, at)
+        return row_mean(latents, compare, unembed, vocabulary, weight)
+
+    losses = {"base": loss(masks, config.base_objective)}
     total = config.base_weight * losses["base"]
+    draft = masks
     if model.sampler is not None:
-        guess = model.sampler(model.base.embed(target.previous[valid]), masks)
-        losses["sampler"] = cross_entropy(guess.to(masks.dtype), labels, unembed, vocabulary)
+        draft = model.sampler(model.base.embed(target.previous[valid]), masks).to(masks.dtype)
+        losses["sampler"] = loss(draft, config.sampler_objective)
         total = total + config.sampler_weight * losses["sampler"]
     if config.lcm_weight:
-        lcm = latent_consistency(masks, z.flatten(0, 1), rows[valid])
+        lcm = latent_consistency(masks, known, at, weight)
         if config.lcm_normalised:
             lcm = lcm / z.detach()[real].float().var(0, unbiased=False).mean().clamp_min(1e-12)
         losses["lcm"] = lcm
         total = total + config.lcm_weight * lcm
+    if config.offset_weights == "acceptance":
+        positions, which = at.unique(return_inverse=True)
+        match = torch.zeros_like(valid)
+        match[valid] = choices(model, draft.detach()) == choices(model, known[positions])[which]
+        losses["held"] = count_held(match, valid)
     losses["loss"] = total
     return losses
 

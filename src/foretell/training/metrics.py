@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from foretell.model import MTPModel
-from foretell.training.losses import LOGITS_AT_ONCE, Targets
+from foretell.training.losses import Targets
+from foretell.training.objectives import choices as choose
 
 
 @dataclass
@@ -49,7 +50,7 @@ def agreement(model: MTPModel, z_masks: Tensor, z: Tensor, anchors: Tensor, targ
     needed[batch[:, None].expand_as(anchors)[used], anchors[used]] = True
     needed[batch[:, None, None].expand_as(valid)[valid], target.positions[valid]] = True
     choices = torch.zeros(z.shape[:2], dtype=torch.long, device=z.device)
-    choices[needed] = _choose(model, z[needed])
+    choices[needed] = choose(model, z[needed])
 
     path = torch.cat([anchors[:, :, None], target.positions], dim=2)  # i, i+1, .. i+K
     along = choices.gather(1, path.flatten(1)).view(path.shape)
@@ -58,14 +59,7 @@ def agreement(model: MTPModel, z_masks: Tensor, z: Tensor, anchors: Tensor, targ
     if model.sampler is not None:
         latents = model.sampler(model.base.embed(before), latents).to(latents.dtype)
     match = torch.zeros_like(valid)
-    match[valid] = _choose(model, latents) == wanted
+    match[valid] = choose(model, latents) == wanted
     whole = valid.all(-1)
     prefix = match[whole].long().cumprod(-1).sum(0)
     return Agreement(match.sum((0, 1)), valid.sum((0, 1)), prefix, int(whole.sum()))
-
-
-def _choose(model: MTPModel, latents: Tensor) -> Tensor:
-    """(R, D) -> (R,) argmax tokens, never all logits at once."""
-    rows = max(1, LOGITS_AT_ONCE // model.base.vocab_size)
-    parts = [model.base.unembed(part).argmax(-1) for part in latents.split(rows)]
-    return torch.cat(parts) if parts else latents.new_zeros(0, dtype=torch.long)

@@ -17,13 +17,25 @@ import torch
 from torch import Tensor
 
 from foretell.checkpoint import WEIGHTS_FILE, load_weights, read_safetensors, write_safetensors, write_text
-from foretell.config import TrainConfig
+from foretell.config import MTPConfig, TrainConfig
 from foretell.errors import ForetellError
 from foretell.model import MTPModel
 
 DIRECTORY, OPTIMIZER_FILE, STATE_FILE = "checkpoint", "optimizer.safetensors", "state.json"
 # These may differ when a training goes on: they change when it ends and what is written, not what a step does.
 FREE_SETTINGS = ("steps", "checkpoint_every", "log_every", "evaluate_every")
+
+# Settings that trainings of earlier versions did not name, and what they did.
+BEFORE = {
+    "sampler_rank": MTPConfig().sampler_rank,  # of a head that they did not have
+    "mask_attention": "causal",
+    "base_objective": "labels",
+    "sampler_objective": "labels",
+    "offset_weights": "uniform",
+    "offset_decay": TrainConfig().offset_decay,  # without effect
+    "anchor_choice": "random",
+    "masks_warmup": 0,
+}
 
 
 def settings(model: MTPModel, config: TrainConfig, data: str, processes: int) -> dict[str, Any]:
@@ -40,8 +52,9 @@ def save_state(
     fixed: dict[str, Any],
     seconds: float,
     metrics: dict[str, Any],
+    held: list[float],
 ) -> None:
-    """Writes output/checkpoint after `step` steps and `seconds` of training."""
+    """Writes output/checkpoint after `step` steps and `seconds` of training; held as `Held.state` gives it."""
     new, old, final = (output / (DIRECTORY + suffix) for suffix in (".new", ".old", ""))
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -52,7 +65,7 @@ def save_state(
     own = model.own_parameters()
     write_safetensors({name: _portable(p) for name, p in own.items()}, new / WEIGHTS_FILE)
     write_safetensors(_optimizer_tensors(optimizer, own), new / OPTIMIZER_FILE)
-    state = {"step": step, "seconds": seconds, "metrics": metrics, "settings": fixed}
+    state = {"step": step, "seconds": seconds, "metrics": metrics, "held": held, "settings": fixed}
     write_text(json.dumps(state, indent=2) + "\n", new / STATE_FILE)
     if final.exists():
         os.replace(final, old)
@@ -85,7 +98,7 @@ def restore(
     Raises ForetellError naming the first setting that differs from the interrupted training's.
     """
     for name, value in fixed.items():
-        before = state["settings"].get(name)
+        before = state["settings"].get(name, BEFORE.get(name))
         if before != value:
             what = (
                 "the base"

@@ -12,8 +12,11 @@ from torch import Tensor
 from foretell.config import TrainConfig
 from foretell.errors import ForetellError
 from foretell.model import MTPModel
+from foretell.training.anchors import by_entropy, check_choice, keep_by_entropy
 from foretell.training.batches import Batch
-from foretell.training.losses import Targets, cross_entropy, mtp_losses, targets
+from foretell.training.losses import Targets, mtp_losses, targets
+from foretell.training.objectives import cross_entropy
+from foretell.training.offsets import Held, block_lengths, offset_weights
 from foretell.training.two_pass import mask_pass, one_pass, regular_pass
 
 # Constant, so that a resumed training needs no state of it; steps whose gradients overflow are left out.
@@ -27,22 +30,41 @@ class Latents(NamedTuple):
     z_masks: Tensor
     z: Tensor
     target: Targets
+    anchors: Tensor  # (B, A) int64 and which of them count (B, A) bool: the batch's, or the kept ones of them
+    anchor_valid: Tensor
 
 
-def forward(model: MTPModel, batch: Batch) -> Latents:
-    """Two passes with the gate; one pass for the ungated baseline, whose regular tokens depend on the adapter."""
+def forward(model: MTPModel, batch: Batch, config: TrainConfig | None = None, number: int = 0) -> Latents:
+    """Two passes with the gate; one pass for the ungated baseline, whose regular tokens depend on the adapter.
+
+    At step `number` of a training by `config` blocks may be short and anchors left out; without one all are whole.
+    """
+    k, anchors, valid, lengths = model.max_masks, batch.anchors, batch.anchor_valid, None
+
+    def shortened() -> Tensor | None:
+        return None if config is None else block_lengths(anchors, batch.ids, number, k, config, model.bidirectional)
+
     if model.adapter.gated:
         regular = regular_pass(model, batch.ids)
-        z_masks, z = mask_pass(model, batch.anchors, regular), regular.z
+        if config is not None and by_entropy(config.anchor_choice):
+            anchors, valid = keep_by_entropy(model, regular.z, anchors, valid, config.anchors, config.anchor_choice)
+        lengths = shortened()
+        z_masks, z = mask_pass(model, anchors, regular, lengths=lengths), regular.z
     else:
-        z, z_masks = one_pass(model, batch.ids, batch.anchors)
-    target = targets(batch.ids, batch.trained, batch.anchors, batch.anchor_valid, model.max_masks)
-    return Latents(z_masks, z, target)
+        lengths = shortened()
+        z, z_masks = one_pass(model, batch.ids, anchors, lengths)
+    target = targets(batch.ids, batch.trained, anchors, valid, k, lengths)
+    return Latents(z_masks, z, target, anchors, valid)
 
 
-def all_losses(model: MTPModel, batch: Batch, latents: Latents, config: TrainConfig) -> dict[str, Tensor]:
-    """The terms by name and their weighted sum `loss`; `ntp` is a term only of the ungated baseline."""
-    losses = mtp_losses(model, latents.z_masks, latents.z, latents.target, batch.real, config)
+def all_losses(
+    model: MTPModel, batch: Batch, latents: Latents, config: TrainConfig, weights: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The terms by name and their weighted sum `loss`; `ntp` is a term only of the ungated baseline.
+
+    weights (K,) fp32 of the masks by offset, None: all alike. `held` is no loss but counts, see `mtp_losses`.
+    """
+    losses = mtp_losses(model, latents.z_masks, latents.z, latents.target, batch.real, config, weights)
     if not model.adapter.gated:
         after = batch.trained[:, 1:]
         rows, labels = latents.z[:, :-1][after], batch.ids[:, 1:][after]
@@ -72,9 +94,11 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 class Stepper:
-    """Holds the optimiser. `processes` > 1 averages gradients over them."""
+    """Holds the optimiser and the estimate of which drafts hold. `processes` > 1 averages gradients over them."""
 
     def __init__(self, model: MTPModel, config: TrainConfig, processes: int = 1) -> None:
+        check_choice(config.anchor_choice, model.adapter.gated)
+        self.held = Held(model.max_masks, model.base.device)
         self.model, self.config, self.processes = model, config, processes
         self.parameters = {name: p for name, p in model.own_parameters().items() if p.requires_grad}
         self.optimizer = make_optimizer(self.parameters, config)
@@ -92,8 +116,10 @@ class Stepper:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(number, self.config)
         with self.autocast():
-            latents = forward(self.model, batch)
-            losses = all_losses(self.model, batch, latents, self.config)
+            latents = forward(self.model, batch, self.config, number)
+            weights = offset_weights(self.config, self.held.chances)
+            losses = all_losses(self.model, batch, latents, self.config, weights)
+        counts = losses.pop("held", None)
         scale = FP16_LOSS_SCALE if self.dtype == torch.float16 else 1.0
         (losses["loss"] * scale).backward()
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
@@ -114,5 +140,7 @@ class Stepper:
                     f"the loss is not a number any more at step {number + 1}; train with a lower --lr or in float32"
                 )
         self.optimizer.zero_grad(set_to_none=True)
+        if counts is not None:
+            self.held.update(reduce(counts, reduction="sum") if self.processes > 1 else counts)
         detached = {name: value.detach() for name, value in losses.items()}
-        return detached, Latents(latents.z_masks.detach(), latents.z.detach(), latents.target)
+        return detached, latents._replace(z_masks=latents.z_masks.detach(), z=latents.z.detach())

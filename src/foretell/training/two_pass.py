@@ -70,18 +70,25 @@ def regular_pass(model: MTPModel, ids: Tensor) -> Regular:
     return Regular([(layer.keys, layer.values) for layer in cache.layers], z)
 
 
-def mask_pass(model: MTPModel, anchors: Tensor, regular: Regular, together: int | None = None) -> Tensor:
+def mask_pass(
+    model: MTPModel, anchors: Tensor, regular: Regular, together: int | None = None, lengths: Tensor | None = None
+) -> Tensor:
     """Mask rows only, with autograd: anchors (B, A) -> z (B, A, K, D).
 
+    Bidirectional masks see the first lengths[b] masks of their block b, lengths (B, A) int64, by default all.
     Blocks never see each other, so they are spread over batch rows with `together` of them in each: the attention of M
     masks over N + M columns is mostly masked away when M is large. Raises ForetellError if not even one block fits.
     """
     (batch, total), k, tokens = anchors.shape, model.max_masks, regular.z.shape[1]
     copies = -(-total // (together or blocks_together(model, tokens)))
     blocks = -(-total // copies)
-    spread = torch.cat([anchors, anchors[:, : copies * blocks - total]], dim=1).view(-1, blocks)
+    spread, lengths = (
+        None if rows is None else torch.cat([rows, rows[:, : copies * blocks - total]], dim=1).view(-1, blocks)
+        for rows in (anchors, lengths)
+    )
+    assert spread is not None
     positions = mask_positions(spread, k, tokens)
-    mask = mask_rows(model, spread, positions, tokens)
+    mask = mask_rows(model, spread, positions, tokens, lengths)
     cache = Cache(layers=[FrozenLayer(keys, values, copies) for keys, values in regular.layers])
     with model.adapter.open(0, blocks * k):
         z = model.base.latents(mask_embeddings(model, batch * copies, blocks), positions, mask, cache)
@@ -102,13 +109,16 @@ def blocks_together(model: MTPModel, tokens: int) -> int:
     return min(fit, BLOCKS_TOGETHER)
 
 
-def one_pass(model: MTPModel, ids: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
+def one_pass(model: MTPModel, ids: Tensor, anchors: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Everything in one forward with autograd: ids (B, N), anchors (B, A) -> z (B, N, D) and (B, A, K, D)."""
     (batch, tokens), blocks, k = ids.shape, anchors.shape[1], model.max_masks
     regular = torch.arange(tokens, device=ids.device).expand(batch, -1)
     positions = torch.cat([regular, mask_positions(anchors, k, tokens)], dim=1)
     causal = torch.ones(tokens, tokens + blocks * k, dtype=torch.bool, device=ids.device).tril()
-    visible = torch.cat([causal.expand(batch, -1, -1), visibility(anchors, k, tokens)], dim=1)
+    visible = torch.cat(
+        [causal.expand(batch, -1, -1), visibility(anchors, k, tokens, block_ends(model, anchors, tokens, lengths))],
+        dim=1,
+    )
     mask = attention_mask(visible, positions, positions, model.base.text_config, model.base.dtype)
     embeddings = torch.cat([model.base.embed(ids), mask_embeddings(model, batch, blocks)], dim=1)
     with model.adapter.open(tokens, tokens + blocks * k):
@@ -130,20 +140,39 @@ def mask_positions(anchors: Tensor, k: int, tokens: int) -> Tensor:
     return (anchors[:, :, None] + offsets).clamp(max=tokens - 1).flatten(1)
 
 
-def visibility(anchors: Tensor, k: int, tokens: int) -> Tensor:
-    """(B, M, N + M) bool: m_j after anchor i sees regular tokens up to i and m_1..m_j of its own block."""
+def block_ends(model: MTPModel, anchors: Tensor, tokens: int, lengths: Tensor | None) -> Tensor | None:
+    """(B, A): how many masks of a block see each other; None if attention is causal, each seeing those up to itself.
+
+    Masks past the end are left out, as in decoding: they are not where they ought to be.
+    """
+    if not model.bidirectional:
+        return None
+    inside = (tokens - 1 - anchors).clamp(1, model.max_masks)
+    return inside if lengths is None else torch.minimum(inside, lengths)
+
+
+def visibility(anchors: Tensor, k: int, tokens: int, ends: Tensor | None = None) -> Tensor:
+    """(B, M, N + M) bool: m_j after anchor i sees regular tokens up to i and m_1..m_j of its own block.
+
+    With ends (B, A) all masks up to m_ends, or to itself, as if the block held no more of them.
+    """
     batch, blocks = anchors.shape
     columns = torch.arange(tokens, device=anchors.device)
     prefix = (columns <= anchors[:, :, None]).repeat_interleave(k, dim=1)
     within = torch.ones(k, k, dtype=torch.bool, device=anchors.device).tril()
     own = torch.block_diag(*[within] * blocks).bool()
+    if ends is not None:
+        number = torch.arange(k, device=anchors.device).repeat(blocks)
+        same = torch.block_diag(*[torch.ones_like(within)] * blocks).bool()
+        own = own | (same & (number < ends.repeat_interleave(k, dim=1)[:, None, :]))
     return torch.cat([prefix, own.expand(batch, -1, -1)], dim=2)
 
 
-def mask_rows(model: MTPModel, anchors: Tensor, positions: Tensor, tokens: int) -> AttentionMask:
+def mask_rows(
+    model: MTPModel, anchors: Tensor, positions: Tensor, tokens: int, lengths: Tensor | None = None
+) -> AttentionMask:
     """The additive mask of the second pass, per layer type where the base wants it."""
     regular = torch.arange(tokens, device=anchors.device).expand(anchors.shape[0], -1)
-    return attention_mask(
-        visibility(anchors, model.max_masks, tokens), positions, torch.cat([regular, positions], dim=1),
-        model.base.text_config, model.base.dtype,
-    )  # fmt: skip
+    visible = visibility(anchors, model.max_masks, tokens, block_ends(model, anchors, tokens, lengths))
+    keys = torch.cat([regular, positions], dim=1)
+    return attention_mask(visible, positions, keys, model.base.text_config, model.base.dtype)
