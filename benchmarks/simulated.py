@@ -1,6 +1,7 @@
-"""Simulated acceptance, as training prints it, against decoding on the same held-out prompts: linear and quadratic, all masks.
+"""Simulated acceptance, as training prints it, against decoding on the same held-out prompts: linear and quadratic.
 
-Without --model: the embedded model on the packaged prompts. A result replaces that of the same model and prompt set in the JSON file.
+Without --model: the embedded model on the packaged prompts. A result replaces that of the same model and prompt set in
+the JSON file.
 """
 
 from __future__ import annotations

@@ -101,9 +101,12 @@ def _section(title: str, content: str) -> str:
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table; None is shown as a dash."""
-    lines = [heads, ["---"] * len(heads), *rows]
-    cells = [
-        ["–" if cell is None else str(cell).replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines
-    ]
-    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
+    """A Markdown table; a dash stands for None and for an empty list."""
+    lines = [heads, ["---"] * len(heads), *([_cell(value) for value in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        value = ", ".join(map(str, value)) or None
+    return "–" if value is None else str(value).replace("|", "\\|").replace("\n", " ")

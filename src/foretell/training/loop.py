@@ -36,6 +36,7 @@ from foretell.training.state import DIRECTORY, find_state, restore, save_state, 
 from foretell.training.step import Latents, Stepper, learning_rate
 from foretell.training.tracking import check_installed, scalars, trackers
 
+DRAWN_FROM = 10  # measurements: a table says fewer as well, and drawing takes a second
 MEASURED_SEQUENCES = 2  # of a training batch, for the agreement shown while training
 
 OnStep = Callable[[dict[str, Any]], None]
@@ -223,8 +224,9 @@ class Training:
     def _save(self, last: bool) -> None:
         """The adapter for people: the best one is there already, and in the end gets its last words."""
         facts = self._facts()
-        if last:
-            draw([read_run(self.output)], picture_path(self.output))
+        run = read_run(self.output)
+        if last and len(run.lines) >= DRAWN_FROM:
+            draw([run], picture_path(self.output))
         if self.best.provenance is None:
             self.model.provenance = facts | self._measured()
         elif last:
