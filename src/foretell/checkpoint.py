@@ -18,12 +18,14 @@ from safetensors.torch import load_file, save_file
 
 import foretell
 from foretell.base import Base, is_hub_name, load_base
+from foretell.card import model_card
 from foretell.config import MTPConfig
 from foretell.errors import ForetellError
 from foretell.model import MTPModel
 from foretell.packed import why_not
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "foretell.json", "foretell.safetensors", "README.md"
+PICTURE = "training.png"  # the training's curves, which the card shows where they are
 CUSTOM_GENERATE = "custom_generate"  # a folder that transformers knows by this name
 FORMAT = 1
 M = TypeVar("M", bound=MTPModel)
@@ -47,7 +49,8 @@ def save(model: MTPModel, directory: str | Path, *, dtype: torch.dtype | None = 
         "provenance": provenance,
     }
     write_text(json.dumps(description, indent=2, default=str) + "\n", directory / CONFIG_FILE)
-    write_text(model_card(description), directory / CARD_FILE)
+    picture = PICTURE if (directory / PICTURE).exists() else None
+    write_text(model_card(description, picture), directory / CARD_FILE)
     (directory / CUSTOM_GENERATE).mkdir(exist_ok=True)
     for file in ("generate.py", "requirements.txt"):
         text = (Path(__file__).parent / "assets" / CUSTOM_GENERATE / file).read_text(encoding="utf-8")
@@ -191,6 +194,10 @@ def write_text(text: str, path: Path) -> None:
     _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def write_bytes(content: bytes, path: Path) -> None:
+    _replace(path, lambda temporary: temporary.write_bytes(content))
+
+
 def _replace(path: Path, write: Any) -> None:
     temporary = path.with_name(path.name + ".part")
     try:
@@ -202,47 +209,6 @@ def _replace(path: Path, write: Any) -> None:
             f"{path} could not be written ({error}); free some space or give another directory; "
             "what was saved before is whole"
         ) from error
-
-
-def model_card(description: dict[str, Any]) -> str:
-    """README.md of a checkpoint."""
-    config = description["config"]
-    settings = "\n".join(f"| {key} | {value} |" for key, value in config.items())
-    provenance = "\n".join(f"| {key} | {value} |" for key, value in description["provenance"].items())
-    return f"""---
-library_name: foretell
-base_model: {description["base"]}
-tags: [multi-token-prediction, speculative-decoding]
----
-# Several tokens per step for {description["base"]}
-
-A foretell adapter (method: [arXiv 2507.11851](https://arxiv.org/abs/2507.11851)) with {config["masks"]} masks.
-It makes the base say several tokens per step; the output is the base's own.
-
-```python
-import foretell
-
-model = foretell.load("THIS_DIRECTORY_OR_REPOSITORY")
-print(model.generate("...", max_new_tokens=128).text)
-```
-
-Or, where foretell is installed, from the base's own `generate()` in transformers:
-
-```python
-base.generate(**inputs, custom_generate="THIS_DIRECTORY_OR_REPOSITORY", trust_remote_code=True)
-```
-
-**The adapter must stay gated.** It acts on mask tokens only; merging it or loading it as an ordinary LoRA changes the
-base's answers.
-
-| setting | value |
-|---|---|
-{settings}
-
-| provenance | |
-|---|---|
-{provenance}
-"""
 
 
 def push_to_hub(model: MTPModel, repository: str, *, private: bool = False) -> str:

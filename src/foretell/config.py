@@ -40,8 +40,9 @@ class Config:
             if value is None:
                 continue
             choices, low, high = (f.metadata.get(key) for key in ("choices", "minimum", "maximum"))
-            if choices and value not in choices:
-                raise ForetellError(f"{f.name} must be one of {', '.join(choices)}, not {value!r}")
+            for item in value if isinstance(value, tuple) else (value,):
+                if choices and item not in choices:
+                    raise ForetellError(f"{f.name} must be one of {', '.join(choices)}, not {item!r}")
             if low is not None and value < low:
                 raise ForetellError(f"{f.name} must be at least {low}, not {value}")
             if high is not None and value > high:
@@ -182,6 +183,16 @@ class TrainConfig(Config):
     checkpoint_every: int = option(200, "steps between checkpoints", minimum=1)
     log_every: int = option(10, "steps between lines of the metrics file", minimum=1)
     evaluate_every: int = option(200, "steps between measurements on held-out text", minimum=1)
+    held_out: str | None = option(None, "data to measure on, in any form that data takes [a share of the data]")
+    evaluate_tokens: int = option(
+        64, "tokens of the base's own answer to each held-out prompt that acceptance is measured on", minimum=4
+    )
+    keep_best: bool = option(True, "the adapter saved is that of the best held-out acceptance, not of the last step")
+    tracker: tuple[str, ...] = option(
+        (),
+        "also log the metrics to tensorboard or wandb; may be given several times",
+        choices=("tensorboard", "wandb"),
+    )
 
 
 NEW_TOKENS = 128  # unless a length is given

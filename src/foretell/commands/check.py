@@ -51,6 +51,14 @@ def command(
             "--upcast/--no-upcast", help="also give gaps in float32, on a widened copy of the base, if anything differs"
         ),
     ] = True,
+    simulated: Annotated[
+        bool,
+        typer.Option(
+            "--simulated/--no-simulated",
+            help="also simulate linear and quadratic decoding of the prompts, as training does with held-out ones, "
+            "and compare the tokens per step",
+        ),
+    ] = False,
     json: JsonOption = False,
     dtype: DtypeOption = "bfloat16",
     device: DeviceOption = None,
@@ -59,9 +67,11 @@ def command(
 ) -> None:
     """Compare the output with the base's own generate(), token for token, and weigh every difference.
 
-    Ends with exit code 1 if a token differs that is not a near-tie, which rounding may decide either way.
+    Ends with exit code 1 if a token differs that is not a near-tie, which rounding may decide either way, or if
+    simulated acceptance is more than 5 % off.
     """
     from foretell.evaluation.check import check
+    from foretell.evaluation.foreseen import foreseen
     from foretell.evaluation.prompts import load_prompts, prompts_path
 
     prompts_path(prompts)  # a misspelt name shows before the model is loaded
@@ -81,14 +91,20 @@ def command(
             upcast=upcast,
             on_progress=on_progress,
         )
+        compared = None
+        if simulated:
+            compared = foreseen(loaded, texts, max_new_tokens=max_new_tokens, on_progress=on_progress)
     if json:
-        print(to_json(report.to_dict(), indent=2))
+        both = {"simulated_acceptance": compared.to_dict()} if compared else {}
+        print(to_json(report.to_dict() | both, indent=2))
     else:
         console = stdout_console()
         if report.divergences:
             console.print(table(report, loaded))
         console.print(f"{report.environment['dtype']}: {report.sentence()}")
-    if not report.passed:
+        if compared:
+            console.print(compared.sentence())
+    if not (report.passed and (compared is None or compared.passed)):
         raise typer.Exit(1)
 
 

@@ -101,10 +101,9 @@ def _parameters(cls: type, exclude: Collection[str]) -> Parameters:
 def _cli_type(field: dataclasses.Field[Any], hint: Any) -> Any:
     hint = _without_none(hint)
     choices = field.metadata.get("choices")
-    kind = Literal[tuple(choices)] if choices else hint
     if typing.get_origin(hint) is tuple:
-        return list[kind if choices else typing.get_args(hint)[0]]  # type: ignore[misc]
-    return kind
+        return list[typing.get_args(hint)[0]]  # type: ignore[misc]  # choices: the dataclass checks, typer can't here
+    return Literal[tuple(choices)] if choices else hint
 
 
 def _option(field: dataclasses.Field[Any], cls: type, hint: Any) -> Any:

@@ -92,8 +92,12 @@ def report(output: str, provenance: dict[str, Any], as_json: bool) -> None:
         return
     place = shlex.quote(output)
     typer.echo(f"The adapter is in {output}.")
+    if "kept_step" in provenance:
+        kept, trained = provenance["kept_step"], provenance["trained_steps"]
+        typer.echo(f"It is that of step {kept} of {trained}, the best on held-out prompts.")
     if acceptance is not None:
-        typer.echo(f"Simulated acceptance: {acceptance:.2f} tokens per step.")
+        where = "held-out prompts" if "held_out_simulated_acceptance" in provenance else "training text"
+        typer.echo(f"Simulated acceptance: {acceptance:.2f} tokens per step on {where}.")
     typer.echo("Next:")
     typer.echo(f'  foretell generate --model {place} --prompt "Once upon a time"')
     typer.echo(f"  foretell bench --model {place}")

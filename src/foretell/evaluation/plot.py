@@ -7,43 +7,48 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foretell.errors import ForetellError
 from foretell.evaluation.methods import ADAPTIVE, ASSISTED, AUTOREGRESSIVE, HUGGINGFACE, PROMPT_LOOKUP, Method
 from foretell.evaluation.report import Cell, Point, Report, Row, Spread
+from foretell.pictures import (
+    BLUE,
+    GREEN,
+    GRID,
+    HEADING,
+    INK,
+    LABEL,
+    ORANGE,
+    PINK,
+    YELLOW,
+    caption,
+    check_plot_path,
+    new_figure,
+    plain_frame,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-FORMATS = (".png", ".svg", ".pdf")
 VARIED = {
     "batch": "batch: prompts side by side",
     "temperature": "temperature",
     "context": "context: tokens of a prompt",
 }
 
-# Strategies in colours that any colour vision tells apart (Okabe and Ito), baselines in muted ones.
+# Baselines in muted colours.
 COLOURS = {
     HUGGINGFACE: "#a3a3a3",
-    PROMPT_LOOKUP: "#b59f3b",
+    PROMPT_LOOKUP: YELLOW,
     ASSISTED: "#8a6a55",
     AUTOREGRESSIVE: "#5f5f5f",
-    "linear": "#0072b2",
-    "quadratic": "#d55e00",
-    ADAPTIVE: "#009e73",
+    "linear": BLUE,
+    "quadratic": ORANGE,
+    ADAPTIVE: GREEN,
 }
-OTHER, INK, GREY, GRID = "#cc79a7", "#222222", "#666666", "#e3e3e3"
+OTHER = PINK
 SPEED, STEPS = "times as fast as plain decoding", "tokens per step"
-HEADING: dict[str, Any] = {"loc": "left", "fontsize": 11.5, "fontweight": "bold", "color": INK}
-LABEL: dict[str, Any] = {"fontsize": 9.5, "color": INK}
 
 # Inches: the figure, a bar, what stands above and below a panel, a panel of lines, title and machine.
 WIDTH, BAR, AROUND, LINES, MARGINS = 13.0, 0.27, 1.0, 2.5, 0.8
-
-
-def check_plot_path(path: str | Path) -> None:
-    """Raises ForetellError for a name that says no picture format."""
-    if Path(path).suffix.lower() not in FORMATS:
-        raise ForetellError(f"{path} is not a picture's name: it must end in {', '.join(FORMATS)}")
 
 
 def plot(report: Report, path: str | Path) -> None:
@@ -53,10 +58,6 @@ def plot(report: Report, path: str | Path) -> None:
     over them all, the rest of the sweep at its first values.
     Raises ForetellError for a name that says no picture format, OSError if the file can't be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
     check_plot_path(path)
     panels: list[tuple[list[Cell], str | None]] = []  # cells, and the quantity that lines are drawn over
     firsts: dict[str, Cell] = {}
@@ -67,8 +68,7 @@ def plot(report: Report, path: str | Path) -> None:
         lines = [(cells_along(report, first.point, varied), varied) for varied in VARIED]
         panels += [(cells, varied) for cells, varied in lines if len(cells) > 1]
     heights = [AROUND + (LINES if varied else BAR * len(cells[0].rows)) for cells, varied in panels]
-    figure = Figure(figsize=(WIDTH, sum(heights) + MARGINS), layout=ConstrainedLayoutEngine(h_pad=0.12))
-    FigureCanvasAgg(figure)
+    figure = new_figure(WIDTH, sum(heights) + MARGINS)
     grid = figure.subplots(len(panels), 2, squeeze=False, height_ratios=heights)
     for (speed, steps), (cells, varied) in zip(grid, panels, strict=True):
         if varied:
@@ -76,13 +76,10 @@ def plot(report: Report, path: str | Path) -> None:
         else:
             _bars(speed, steps, cells[0])
         for axes in (speed, steps):
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.tick_params(length=0, colors=INK)
-            axes.set_axisbelow(True)
+            plain_frame(axes)
     name = report.environment["model"] or report.environment["base"]
-    figure.suptitle(f"foretell bench: {name}", x=0.012, ha="left", fontsize=14, fontweight="bold", color=INK)
     new = f"up to {report.settings['max_new_tokens']} new tokens per prompt"
-    figure.supxlabel(f"{report.machine()}; {new}", x=0.012, ha="left", fontsize=9, color=GREY)
+    caption(figure, f"foretell bench: {name}", f"{report.machine()}; {new}")
     figure.savefig(path, dpi=150, facecolor="white")
 
 

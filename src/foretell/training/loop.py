@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import PartialState
+from accelerate.tracking import GeneralTracker
 from accelerate.utils import reduce
 from torch import Tensor
 
@@ -24,16 +25,19 @@ from foretell.base import load_base
 from foretell.config import MTPConfig, TrainConfig
 from foretell.errors import ForetellError
 from foretell.model import MTPModel
-from foretell.training.batches import Batch, Batches, generator, make_batch, split
+from foretell.training.batches import Batch, Batches, split
+from foretell.training.best import Best
+from foretell.training.curves import METRICS_FILE, draw, milestones, picture_path, read_run
 from foretell.training.data import Corpus, load_corpus
+from foretell.training.held_out import MOST, HeldOut
 from foretell.training.losses import ntp_loss
 from foretell.training.metrics import agreement
 from foretell.training.state import DIRECTORY, find_state, restore, save_state, settings
-from foretell.training.step import Latents, Stepper, forward, learning_rate
+from foretell.training.step import Latents, Stepper, learning_rate
+from foretell.training.tracking import check_installed, scalars, trackers
 
-METRICS_FILE = "metrics.jsonl"
+DRAWN_FROM = 10  # measurements: a table says fewer as well, and drawing takes a second
 MEASURED_SEQUENCES = 2  # of a training batch, for the agreement shown while training
-EVALUATION_ANCHORS = 32
 
 OnStep = Callable[[dict[str, Any]], None]
 
@@ -55,13 +59,15 @@ def train(
 
     `output/metrics.jsonl` gets a line every `log_every` steps; `output/checkpoint` lets `resume=True` go on to the same
     bits. `on_step` is called before the first step with {"step", "steps", "data"}, after every step with the first
-    two, and on logged steps with all metrics.
+    two, and on logged steps with all metrics. With `keep_best` the model returned and saved is that of the best step
+    on held-out text; its provenance says which, as `kept_step`.
     `init` is a trained model of the same settings whose weights to start from.
     Ctrl-C and SIGTERM finish the step, save a checkpoint and raise KeyboardInterrupt.
 
     Raises ForetellError for unusable data, base or settings, and if `output` holds a training and `resume` is off.
     """
     mtp, config, output = mtp or MTPConfig(), config or TrainConfig(), Path(output)
+    check_installed(config.tracker)
     state = check_output(output, resume)
     place = PartialState(cpu=device == "cpu")
     loaded = load_base(
@@ -76,7 +82,8 @@ def train(
     if init is not None and not resume:
         checkpoint.load_weights(model, checkpoint.local_directory(init) / checkpoint.WEIGHTS_FILE)
     corpus = load_corpus(data, model.tokenizer, config.seq_len)
-    training = Training(model, corpus, output, config, place, on_step)
+    held_out = load_corpus(config.held_out, model.tokenizer, config.seq_len) if config.held_out else None
+    training = Training(model, corpus, output, config, place, on_step, held_out)
     training.source = Path(data).name if Path(data).exists() else str(data)
     return training.run(state)
 
@@ -113,14 +120,19 @@ class Training:
         config: TrainConfig,
         place: PartialState,
         on_step: OnStep | None = None,
+        held_out: Corpus | None = None,
     ) -> None:
         self.model, self.corpus, self.output, self.config, self.place = model, corpus, output, config, place
         self.on_step = on_step or (lambda line: None)
         self.source = ""
         self.stepper = Stepper(model, config, place.num_processes)
-        examples, self.held_out = split(corpus.examples, config.seed)
+        examples, rest = (corpus.examples, held_out.examples) if held_out else split(corpus.examples, config.seed)
+        self.held_out = HeldOut(model, rest[:MOST], config)
         self.batches = Batches(examples, config.batch_size, config.anchors, config.seed, config.anchor_choice)
         self.fixed = settings(model, config, corpus.fingerprint, place.num_processes)
+        self.fixed["held_out"] = held_out.fingerprint if held_out else None
+        self.best, self.improved = Best(output, config.keep_best), False
+        self.trackers: list[GeneralTracker] = []
         self.step, self.seconds = 0, 0.0
         self.metrics: dict[str, Any] = {}  # the latest of each
         self.stop = False
@@ -135,7 +147,10 @@ class Training:
         self._drop_metrics_after(self.step)
         self.on_step({"step": self.step, "steps": self.config.steps, "data": str(self.corpus.report)})
         interval = Interval()
-        with self._stop_on_signals():
+        hyperparameters = {"base": self.model.base.name, "data": self.source, **self._settings()}
+        resumed_from = None if state is None else self.step
+        tracking = trackers(self.config.tracker, self.output, hyperparameters, resumed_from)
+        with tracking as self.trackers, self._stop_on_signals():
             while self.step < self.config.steps:
                 start = time.perf_counter()
                 number = self.step * self.place.num_processes + self.place.process_index
@@ -158,9 +173,12 @@ class Training:
         if self.held_out and self._every(self.config.evaluate_every):
             line |= self.evaluate()
         self.metrics |= line
+        self.improved = self.best.beaten_by(line)
         if line and self.place.is_main_process:
             with (self.output / METRICS_FILE).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": self.step, **line}) + "\n")
+            for tracker in self.trackers:
+                tracker.log(scalars(line), step=self.step)
         try:
             self.on_step({"step": self.step, "steps": self.config.steps, **line})
         except KeyboardInterrupt:
@@ -185,50 +203,61 @@ class Training:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, Any]:
-        """Agreement and simulated acceptance on the held-out examples, always at the same anchors."""
-        found = None
-        for start in range(0, len(self.held_out), self.config.batch_size):
-            examples = self.held_out[start : start + self.config.batch_size]
-            anchors = min(self.config.anchors, EVALUATION_ANCHORS)
-            batch = make_batch(examples, anchors, generator(self.config.seed, "evaluation", start))
-            batch = batch.to(self.model.base.device)
-            with self.stepper.autocast():
-                latents = forward(self.model, batch)
-                counts = agreement(self.model, latents.z_masks, latents.z, batch.anchors, latents.target)
-            found = counts if found is None else found + counts
-        assert found is not None
-        return {
-            "held_out_agreement": found.per_mask(),
-            "held_out_simulated_acceptance": found.simulated_acceptance(),
-        }
+        """Agreement and simulated acceptance on the held-out prompts (`HeldOut.evaluate`)."""
+        return self.held_out.evaluate(self.stepper.autocast())
 
     def _checkpoint(self, last: bool = False) -> None:
         """Saves when it is time to. Raises KeyboardInterrupt after saving if the training was asked to stop."""
         stop = self.stop
         if self.place.num_processes > 1:  # all processes must leave at the same step
             stop = bool(reduce(torch.tensor(float(stop), device=self.place.device), reduction="sum"))
-        if (last or stop or self.step % self.config.checkpoint_every == 0) and self.place.is_main_process:
-            self.model.provenance = self._provenance()
+        due = last or stop or self.improved or self.step % self.config.checkpoint_every == 0
+        if due and self.place.is_main_process:
+            if self.improved:  # before the state: after a kill in between, this step is measured again
+                self.best.keep(self.model, self._facts() | self._measured(), self.step)
+                self.improved = False
             save_state(
                 self.output, self.model, self.stepper.optimizer, self.step, self.fixed, self.seconds, self.metrics,
                 self.stepper.held.state(),
             )  # fmt: skip
-            checkpoint.save(self.model, self.output)
+            self._save(last)
         if stop and not last:
             raise KeyboardInterrupt
 
-    def _provenance(self) -> dict[str, Any]:
+    def _save(self, last: bool) -> None:
+        """The adapter for people: the best one is there already, and in the end gets its last words."""
+        facts = self._facts()
+        run = read_run(self.output)
+        if last and len(run.lines) >= DRAWN_FROM:
+            draw([run], picture_path(self.output))
+        if self.best.provenance is None:
+            self.model.provenance = facts | self._measured()
+        elif last:
+            self.best.bring_back(self.model, facts)
+        if last or self.best.provenance is None:
+            checkpoint.save(self.model, self.output)
+
+    def _settings(self) -> dict[str, Any]:
+        return {**self.model.config.to_dict(), **self.config.to_dict()}
+
+    def _measured(self) -> dict[str, Any]:
+        return {name: value for name, value in self.metrics.items() if name not in ("lr", "elapsed")}
+
+    def _facts(self) -> dict[str, Any]:
+        """What is known of the training so far, apart from what was measured."""
+        held_out = self.config.held_out
         device = self.model.base.device
         hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
         return {
             "data": self.source,
             "data_report": str(self.corpus.report),
             "data_fingerprint": self.corpus.fingerprint,
-            "training": self.config.to_dict(),
+            "training": {**self.config.to_dict(), "held_out": held_out and Path(held_out).name},
             "trained_steps": self.step,
             "seconds": round(self.seconds, 1),
-            **{name: value for name, value in self.metrics.items() if name not in ("lr", "elapsed")},
-            "hardware": f"{self.place.num_processes} x {device.type} ({hardware})",
+            "held_out_prompts": len(self.held_out),
+            "curve": milestones(read_run(self.output)),
+            "hardware": f"{self.place.num_processes} x {device.type} ({hardware}, {torch.get_num_threads()} threads)",
             "transformers": transformers.__version__,
             "python": platform.python_version(),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -236,8 +265,9 @@ class Training:
 
     def _drop_metrics_after(self, step: int) -> None:
         path = self.output / METRICS_FILE
-        if not self.place.is_main_process or not path.exists():
+        if not self.place.is_main_process:
             return
+        path.touch()
         kept = []
         for line in path.read_text(encoding="utf-8").splitlines():
             try:

@@ -1,13 +1,13 @@
-"""How well drafts would be accepted, estimated on true text without decoding (method.md section 5).
+"""Which drafts would be accepted, found on given text without decoding (method.md section 4).
 
-The base decides after every position from the true text before it; a draft chain starts from its choice at the anchor.
-Real decoding feeds back its own text, so these figures rank trainings; `foretell bench` measures.
+The base decides after every position from the text before it; a draft chain starts from its choice at the anchor. On
+the base's own greedy text that is what decoding does, draft for draft (`held_out`); on other text it is an estimate.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -15,6 +15,23 @@ from torch import Tensor
 from foretell.model import MTPModel
 from foretell.training.losses import Targets
 from foretell.training.objectives import choices as choose
+
+
+class Matches(NamedTuple):
+    """Of A blocks in each of B sequences, which drafts are the base's own choice; only `valid` ones are known."""
+
+    match: Tensor  # (B, A, K) bool, false where not valid
+    valid: Tensor  # (B, A, K) bool
+
+    def accepted(self) -> Tensor:
+        """(B, A) int64: leading drafts that match, as many as a step would accept."""
+        return self.match.long().cumprod(-1).sum(-1)
+
+    def agreement(self) -> Agreement:
+        """Prefixes are counted over blocks with all K labels."""
+        whole = self.valid.all(-1)
+        prefix = self.match[whole].long().cumprod(-1).sum(0)
+        return Agreement(self.match.sum((0, 1)), self.valid.sum((0, 1)), prefix, int(whole.sum()))
 
 
 @dataclass
@@ -36,13 +53,21 @@ class Agreement:
         return [round(value, 4) for value in (self.matched / self.seen.clamp_min(1)).tolist()]
 
     def simulated_acceptance(self) -> float:
-        """Tokens per step if every block were decoded once: 1 + sum over j of P(the first j drafts all match)."""
+        """1 + sum over j of P(the first j drafts all match), at positions drawn alike: a quick estimate.
+
+        Decoding does not visit positions alike, so its tokens per step differ; `walk` follows it.
+        """
         return round(1.0 + float(self.prefix.sum()) / max(1, self.blocks), 4)
 
 
-@torch.no_grad()
 def agreement(model: MTPModel, z_masks: Tensor, z: Tensor, anchors: Tensor, target: Targets) -> Agreement:
-    """z_masks (B, A, K, D), z (B, N, D), anchors (B, A). Prefixes are counted over blocks with all K labels."""
+    """The counts of `matches`."""
+    return matches(model, z_masks, z, anchors, target).agreement()
+
+
+@torch.no_grad()
+def matches(model: MTPModel, z_masks: Tensor, z: Tensor, anchors: Tensor, target: Targets) -> Matches:
+    """z_masks (B, A, K, D), z (B, N, D), anchors (B, A). Each draft is made after the base's choice before it."""
     valid = target.valid
     needed = torch.zeros(z.shape[:2], dtype=torch.bool, device=z.device)
     used = valid.any(-1)
@@ -60,6 +85,4 @@ def agreement(model: MTPModel, z_masks: Tensor, z: Tensor, anchors: Tensor, targ
         latents = model.sampler(model.base.embed(before), latents).to(latents.dtype)
     match = torch.zeros_like(valid)
     match[valid] = choose(model, latents) == wanted
-    whole = valid.all(-1)
-    prefix = match[whole].long().cumprod(-1).sum(0)
-    return Agreement(match.sum((0, 1)), valid.sum((0, 1)), prefix, int(whole.sum()))
+    return Matches(match, valid)

@@ -23,7 +23,7 @@ from foretell.model import MTPModel
 
 DIRECTORY, OPTIMIZER_FILE, STATE_FILE = "checkpoint", "optimizer.safetensors", "state.json"
 # These may differ when a training goes on: they change when it ends and what is written, not what a step does.
-FREE_SETTINGS = ("steps", "checkpoint_every", "log_every", "evaluate_every")
+FREE_SETTINGS = ("steps", "checkpoint_every", "log_every", "evaluate_every", "keep_best", "tracker")
 
 # Settings that trainings of earlier versions did not name, and what they did.
 BEFORE = {
@@ -105,6 +105,8 @@ def restore(
                 if name == "base"
                 else "the data"
                 if name == "data"
+                else "the held-out data"
+                if name == "held_out"
                 else f"{name} (was {before}, now {value})"
             )
             raise ForetellError(
