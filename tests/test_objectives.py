@@ -224,7 +224,7 @@ def test_a_training_with_every_objective_resumes_to_the_same_bits(base: str, dat
 
 
 def test_trainings_and_models_of_earlier_versions_go_on(base: str, data: Path, tmp_path: Path) -> None:  # noqa: F811
-    short = TrainConfig(**{**CONFIG.to_dict(), "steps": 3, "schedule": "flat"})
+    short = TrainConfig(**{**CONFIG.to_dict(), "steps": 3, "schedule": "flat", "keep_best": False})
     whole = TrainConfig(**{**short.to_dict(), "steps": 6, "warmup": 0})
     short = TrainConfig(**{**short.to_dict(), "warmup": 0})
     run(base, data, tmp_path / "whole", whole)
