@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from foretell import quantised
 from foretell.attention import AttentionMask
 from foretell.errors import ForetellError
 from foretell.grouped_attention import can_group, grouped
@@ -46,6 +47,12 @@ class Base(nn.Module):
         self._unpacked: PreTrainedModel | None = None
 
     @property
+    def quantised(self) -> str:
+        """int8 or int4 if its linears are of so few bits, else none."""
+        bits = {"int8": "is_loaded_in_8bit", "int4": "is_loaded_in_4bit"}
+        return next((kind for kind, flag in bits.items() if getattr(self.lm, flag, False)), "none")
+
+    @property
     def packed(self) -> bool:
         """Whether its linears are packed (see `pack`)."""
         return self._load_again is not None
@@ -59,7 +66,7 @@ class Base(nn.Module):
         """
         if reason := why_not(self.device, self.dtype):
             raise ForetellError(f"the linears can't be packed: {reason}; leave out packed")
-        self._fingerprint = self.fingerprint()  # which reads the weights
+        self.keep_fingerprint()  # which reads the weights
         probe = torch.arange(4, device=self.device)[None] % self.vocab_size
         before = self.unembed(self.latents(self.embed(probe))).float()
         pack(self.lm, kept=self.head)
@@ -149,16 +156,32 @@ class Base(nn.Module):
 
         Samples are rounded to bfloat16, so that the same weights loaded in another precision keep their fingerprint.
         """
-        if self._fingerprint is not None:
-            return self._fingerprint
-        digest = hashlib.sha256()
-        for name, weight in sorted(self.lm.named_parameters()):
-            digest.update(f"{name}{tuple(weight.shape)}".encode())
-            if weight.is_floating_point() and weight.device.type != "meta":
-                flat = weight.detach().reshape(-1)
-                sample = flat[:: max(1, flat.numel() // 64)].to(torch.bfloat16)
-                digest.update(sample.view(torch.int16).cpu().numpy().tobytes())
-        return digest.hexdigest()
+        return self._fingerprint or _digest(dict(self.lm.named_parameters()))
+
+    def keep_fingerprint(self) -> None:
+        """Remembers it, before the weights are laid out in another way."""
+        self._fingerprint = self.fingerprint()
+
+    def unquantised_fingerprint(self) -> str:
+        """The same over what quantisation leaves alone: embeddings, and vectors outside the blocks.
+
+        By it a quantised base is known as the full one's; a fine-tune of the blocks alone is not told apart.
+        """
+        inside = {id(p) for p in self.blocks.parameters()}
+        own = {name: p for name, p in self.lm.named_parameters() if id(p) not in inside}
+        return _digest({name: p for name, p in own.items() if p.ndim == 1 or p is self.embedding.weight})
+
+
+@torch.no_grad()
+def _digest(weights: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, weight in sorted(weights.items()):
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        if weight.is_floating_point() and weight.device.type != "meta":
+            flat = weight.detach().reshape(-1)
+            sample = flat[:: max(1, flat.numel() // 64)].to(torch.bfloat16)
+            digest.update(sample.view(torch.int16).cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def is_hub_name(name: str) -> bool:
@@ -172,19 +195,22 @@ def load_base(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
+    quantise: str = "none",
     **kwargs: Any,
 ) -> Base:
     """The base called `name`: a directory or a Hub name. Only safetensors are read, never pickles.
 
+    `quantise` int8 or int4 loads its linear layers in so many bits.
     Raises ForetellError with what to do when the model is not there or is not a causal language model.
     """
     from transformers import AutoModelForCausalLM
 
     if not Path(name).is_dir() and (Path(name).exists() or not is_hub_name(name)):
         raise ForetellError(f"there is no base at {name}: give a directory with safetensors or a Hub name")
+    quantisation = quantised.load_arguments(quantise, dtype, device)
     try:
         lm = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, **kwargs
+            name, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, **quantisation, **kwargs
         )
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
@@ -195,4 +221,7 @@ def load_base(
         if "afetensor" not in type(error).__name__:
             raise
         raise ForetellError(f"the weights of the base {name!r} are damaged ({error}); fetch them again") from error
+    if quantisation:
+        quantised.one_arithmetic(lm)
+        return Base(lm)
     return Base(lm.to(device))

@@ -45,6 +45,8 @@ def save(model: MTPModel, directory: str | Path, *, dtype: torch.dtype | None = 
         "format": FORMAT,
         "base": base_reference(model.base.name, directory),
         "base_fingerprint": model.base.fingerprint(),
+        "base_unquantised_fingerprint": model.base.unquantised_fingerprint(),
+        "base_quantised": model.base.quantised,
         "config": model.config.to_dict(),
         "provenance": provenance,
     }
@@ -67,12 +69,14 @@ def load(
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
     packed: bool | None = None,
+    quantise: str = "none",
     check: bool = True,
 ) -> M:
     """A trained model from a directory or Hub name; `base` overrides where its base lies.
 
-    `packed` lays out the linears of the base for a CPU (see `Base.pack`), None where that can be done; a `Base` that is
-    given stays as it is.
+    `quantise` int8 or int4 loads the base in so many bits, whichever way the adapter was trained: the output is that
+    base's own. `packed` lays out the linears of the base for a CPU (see `Base.pack`), None where that can be done; a
+    `Base` that is given stays as it is.
 
     Raises ForetellError for a missing or damaged checkpoint, and for a base other than the one it was trained on.
     """
@@ -81,18 +85,20 @@ def load(
     load_again = None
     if not isinstance(base, Base):
         name = base or resolve_base(description["base"], directory)
-        load_again = partial(load_base, name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        load_again = partial(
+            load_base, name, dtype=dtype, device=device, trust_remote_code=trust_remote_code, quantise=quantise
+        )
         base = load_again()
-    elif packed:
-        raise ForetellError("a base that is given stays as it is; pack it before, or leave out packed")
-    if base.fingerprint() != description["base_fingerprint"]:
+    elif packed or quantise != "none":
+        raise ForetellError("a base that is given stays as it is; leave out packed and quantise, or do it before")
+    if not fits(base, description):
         given = base.name or "this model"
         raise ForetellError(
             f"the adapter in {source} was trained for {description['base']} and does not fit {given}: "
             "their weights differ; give the right base with --base, or train an adapter for this one"
         )
     tokenizer = load_tokenizer(base.name, trust_remote_code)
-    if load_again is not None and (packed or (packed is None and why_not(base.device, base.dtype) is None)):
+    if load_again is not None and (packed or (packed is None and fast_when_packed(base))):
         base.pack(lambda: load_again().lm)
     config = MTPConfig.from_dict(description["config"])
     model = cls(base, config, tokenizer, check=check)
@@ -103,6 +109,28 @@ def load(
         raise
     model.provenance = description.get("provenance", {})
     return model
+
+
+def fast_when_packed(base: Base) -> bool:
+    return base.quantised == "none" and why_not(base.device, base.dtype) is None
+
+
+def fits(base: Base, description: dict[str, Any]) -> bool:
+    """Whether this is the base of that foretell.json. A quantised one stands for the full one, and the other way round.
+
+    Raises ForetellError if that can't be told because the checkpoint is older than quantised bases.
+    """
+    if base.fingerprint() == description["base_fingerprint"]:
+        return True
+    if {base.quantised, description.get("base_quantised", "none")} == {"none"}:
+        return False
+    known = description.get("base_unquantised_fingerprint")
+    if known is None:
+        raise ForetellError(
+            "the adapter was saved by an earlier foretell, which did not note what a quantised base is known by; load "
+            "it once without quantise and save it again"
+        )
+    return bool(known == base.unquantised_fingerprint())
 
 
 def load_weights(model: MTPModel, path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self
 from foretell.errors import ForetellError
 
 DTYPES = ("float32", "bfloat16", "float16")
+QUANTISED = ("none", "int8", "int4")
 OBJECTIVES = ("labels", "kl", "tv")
 
 
@@ -137,7 +138,8 @@ class TrainConfig(Config):
     title: ClassVar[str] = "Training"
 
     steps: int = option(2000, "optimiser steps", minimum=1)
-    batch_size: int = option(8, "sequences per step", minimum=1)
+    batch_size: int = option(8, "sequences per process at once", minimum=1)
+    accumulation: int = option(1, "batches per process whose gradients are added up to one step", minimum=1)
     seq_len: int = option(512, "tokens per sequence; longer records are cut", minimum=8)
     anchors: int = option(64, "mask blocks per sequence; anchor_choice says where", minimum=1)
     lr: float = option(1e-3, "peak learning rate of AdamW", minimum=0.0)
@@ -180,6 +182,13 @@ class TrainConfig(Config):
     )
     seed: int = option(0, "seed of initialisation, data order and anchors", minimum=0)
     dtype: str = option("float32", "precision of the base's weights and of autocast", choices=DTYPES)
+    gradient_checkpointing: bool = option(
+        False, "compute the mask rows again for their gradients instead of keeping them: less memory, more time"
+    )
+    shard_base: bool = option(
+        False, "with several processes, each keeps a share of the base's blocks: for a base too large for one GPU"
+    )
+    quantise: str = option("none", "load the base's linear layers in 8 or 4 bits (bitsandbytes)", choices=QUANTISED)
     checkpoint_every: int = option(200, "steps between checkpoints", minimum=1)
     log_every: int = option(10, "steps between lines of the metrics file", minimum=1)
     evaluate_every: int = option(200, "steps between measurements on held-out text", minimum=1)

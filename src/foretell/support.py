@@ -66,7 +66,8 @@ def self_test(base: Base) -> None:
         raise ForetellError(
             f"{name} is not supported: it fails on a step with masks ({reason}); please report the architecture"
         ) from failure
-    limit = 1e-3 if base.dtype == torch.float32 else 0.1
+    exact = base.dtype == torch.float32 and base.quantised == "none"  # activations of 8 bits may fall to either side
+    limit = 1e-3 if exact else 0.1
     if not error < limit:
         raise ForetellError(
             f"{name} is not supported: a step with masks changed its own logits by {error:.1e} of "

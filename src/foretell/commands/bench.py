@@ -15,6 +15,7 @@ from foretell.commands.common import (
     JsonOption,
     ModelOption,
     PackedOption,
+    QuantiseOption,
     TrustOption,
     check_writable,
     load_model,
@@ -98,6 +99,7 @@ def command(
     dtype: DtypeOption = "float32",
     device: DeviceOption = None,
     packed: PackedOption = None,
+    quantise: QuantiseOption = "none",
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Compare decoding in several tokens per step with plain decoding and with what transformers does, in seconds."""
@@ -120,7 +122,7 @@ def command(
     sources = prompts or list(NAMES)
     for source in sources:
         prompts_path(source)  # a misspelt name shows before the model is loaded
-    loaded = load_model(model, base, dtype, device, trust_remote_code, packed)
+    loaded = load_model(model, base, dtype, device, trust_remote_code, packed, quantise)
     names = {set_name(s): s for s in sources}
     if len(names) < len(sources):
         raise ForetellError("two of the prompt sets have the same name; rename one of the files")

@@ -13,6 +13,7 @@ from foretell.commands.common import (
     JsonOption,
     ModelOption,
     PackedOption,
+    QuantiseOption,
     TrustOption,
     load_model,
     to_json,
@@ -63,6 +64,7 @@ def command(
     dtype: DtypeOption = "bfloat16",
     device: DeviceOption = None,
     packed: PackedOption = None,
+    quantise: QuantiseOption = "none",
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Compare the output with the base's own generate(), token for token, and weigh every difference.
@@ -75,7 +77,7 @@ def command(
     from foretell.evaluation.prompts import load_prompts, prompts_path
 
     prompts_path(prompts)  # a misspelt name shows before the model is loaded
-    loaded = load_model(model, base, dtype, device, trust_remote_code, packed)
+    loaded = load_model(model, base, dtype, device, trust_remote_code, packed, quantise)
     texts = load_prompts(prompts, tokenizer=loaded.tokenizer, chat=chat, limit=limit)
 
     from foretell.commands.render import progress_bar, stdout_console

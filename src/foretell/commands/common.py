@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from foretell.config import DTYPES
+from foretell.config import DTYPES, QUANTISED
 from foretell.errors import ForetellError
 
 if TYPE_CHECKING:
@@ -34,6 +34,10 @@ PackedOption = Annotated[
         help="lay out the base's weights for a CPU: faster steps \\[where it can be done]",
     ),
 ]
+QuantiseOption = Annotated[
+    Literal[QUANTISED],  # type: ignore[valid-type]
+    typer.Option("--quantise", help="load the base's linear layers in 8 or 4 bits (bitsandbytes)"),
+]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the base")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
 
@@ -45,6 +49,7 @@ def load_model(
     device: str | None,
     trust_remote_code: bool = False,
     packed: bool | None = None,
+    quantise: str = "none",
 ) -> MTPForCausalLM:
     """`foretell.load`, with a sign of life on a terminal's stderr and without transformers' progress bars."""
     from rich.console import Console
@@ -56,8 +61,9 @@ def load_model(
     logging.set_verbosity_error()
     with Console(stderr=True).status(f"loading {model or 'the embedded model'}"):
         return foretell.load(
-            model, base=base, dtype=dtype, device=device, trust_remote_code=trust_remote_code, packed=packed
-        )
+            model, base=base, dtype=dtype, device=device, trust_remote_code=trust_remote_code, packed=packed,
+            quantise=quantise,
+        )  # fmt: skip
 
 
 def words(text: str) -> list[str]:

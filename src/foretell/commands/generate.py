@@ -15,6 +15,7 @@ from foretell.commands.common import (
     JsonOption,
     ModelOption,
     PackedOption,
+    QuantiseOption,
     TrustOption,
     load_model,
     to_json,
@@ -42,6 +43,7 @@ def command(
     dtype: DtypeOption = "float32",
     device: DeviceOption = None,
     packed: PackedOption = None,
+    quantise: QuantiseOption = "none",
     trust_remote_code: TrustOption = False,
     **values: Any,
 ) -> None:
@@ -50,7 +52,7 @@ def command(
     The text goes to standard output, everything else to standard error.
     """
     text = read_prompt(prompt, prompt_file)
-    loaded = load_model(model, base, dtype, device, trust_remote_code, packed)
+    loaded = load_model(model, base, dtype, device, trust_remote_code, packed, quantise)
     if json:
         print(to_json(loaded.generate(text, chat=chat, **values).to_dict()))
         return

@@ -44,12 +44,14 @@ def command(
     given = {"base": base, "data": data, "output": output}
     places, mtp, settings = merge_settings(config, {k: v for k, v in given.items() if v is not None} | values)
 
+    from accelerate import PartialState
     from rich.console import Console
 
     from foretell.training.display import Display
     from foretell.training.loop import train
 
-    console = Console(stderr=True)
+    main = PartialState(cpu=device == "cpu").is_main_process  # of several, one speaks
+    console = Console(stderr=True, quiet=not main)
     try:
         with Display(settings.steps, console) as display:
             model = train(
@@ -62,7 +64,8 @@ def command(
         else:
             console.print("stopped before the first step; nothing was saved", markup=False)
         raise typer.Exit(INTERRUPTED) from None
-    report(places["output"], model.provenance, as_json)
+    if main:
+        report(places["output"], model.provenance, as_json)
 
 
 def merge_settings(path: Path | None, given: dict[str, Any]) -> tuple[dict[str, str], MTPConfig, TrainConfig]:

@@ -16,7 +16,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from foretell import checkpoint
 from foretell.base import Base
-from foretell.config import DTYPES, DecodeConfig
+from foretell.config import DTYPES, QUANTISED, DecodeConfig
 from foretell.decoding import hook, loop
 from foretell.decoding.generation import Generation, repeated_ngram_share
 from foretell.decoding.loop import Step
@@ -47,12 +47,14 @@ class MTPForCausalLM(MTPModel):
         device: str | torch.device | None = None,
         trust_remote_code: bool = False,
         packed: bool | None = None,
+        quantise: str = "none",
         check: bool = True,
     ) -> Self:
         """A trained model from a directory or Hub name; None is the small model that ships with foretell.
 
         `packed` lays out the base's weights as a CPU multiplies them fastest (see `Base.pack`), None where that can be
-        done. Such a base is for decoding alone: it can neither be trained nor saved.
+        done. Such a base is for decoding alone: it can neither be trained nor saved. `quantise` int8 or int4 loads the
+        base's linears in so many bits (see `checkpoint.load`).
 
         Raises ForetellError for a missing or damaged checkpoint, another base than it was trained on, or an
         unsupported architecture.
@@ -65,6 +67,7 @@ class MTPForCausalLM(MTPModel):
             device=resolve_device(device),
             trust_remote_code=trust_remote_code,
             packed=packed,
+            quantise=resolve_quantise(quantise),
             check=check,
         )
         model.source = "embedded" if source is None else str(source)
@@ -321,6 +324,13 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
     if dtype not in DTYPES:
         raise ForetellError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     return getattr(torch, dtype)
+
+
+def resolve_quantise(quantise: str) -> str:
+    """Raises ForetellError for a name that is not one of QUANTISED."""
+    if quantise not in QUANTISED:
+        raise ForetellError(f"quantise must be one of {', '.join(QUANTISED)}, not {quantise!r}")
+    return quantise
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:

@@ -1,4 +1,8 @@
-"""Which examples and anchors every step trains on: pure functions of (seed, step), so that resuming needs no state."""
+"""Which examples and anchors every step trains on, so that resuming needs no state and processes need not talk.
+
+A step's sequences and their anchors are pure functions of (seed, step, row): they are the same however the rows are
+shared out among processes and micro-batches.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +49,9 @@ def split(examples: Sequence[Example], seed: int) -> tuple[list[Example], list[E
 
 
 class Batches:
-    """An endless, deterministic stream of batches: `batch(s)` depends on the seed and s alone.
+    """An endless, deterministic stream of batches: row r of `batch(s)` depends on the seed, s and r alone.
+
+    batch_size counts all sequences of an optimiser step, over all processes.
 
     Every epoch visits all examples once, in batches of similar lengths; the last batch of an epoch is filled up from
     its beginning.
@@ -61,11 +67,23 @@ class Batches:
         self._order: list[list[int]] = []
 
     def batch(self, number: int) -> Batch:
+        """All rows of step `number`."""
+        return self._rows(number, range(self.batch_size))
+
+    def micro_batches(self, number: int, size: int, process: int = 0, processes: int = 1) -> list[Batch]:
+        """This process's rows of step `number`, `size` at a time. Rows lie by length, so each process takes every
+        `processes`-th one and all have as much to do."""
+        rows = range(process, self.batch_size, processes)
+        return [self._rows(number, rows[start : start + size]) for start in range(0, len(rows), size)]
+
+    def _rows(self, number: int, rows: Sequence[int]) -> Batch:
         epoch, index = divmod(number, self.per_epoch)
         if epoch != self._epoch:
             self._order, self._epoch = self._shuffled(epoch), epoch
-        chosen = [self.examples[i] for i in self._order[index]]
-        return make_batch(chosen, self.anchors, generator(self.seed, "anchors", number), self.choice)
+        chosen = [self.examples[self._order[index][row]] for row in rows]
+        return make_batch(
+            chosen, self.anchors, [generator(self.seed, "anchors", number, row) for row in rows], self.choice
+        )
 
     def _shuffled(self, epoch: int) -> list[list[int]]:
         source = generator(self.seed, "order", epoch)
@@ -79,10 +97,16 @@ class Batches:
         return [batches[i] for i in torch.randperm(len(batches), generator=source).tolist()]
 
 
-def make_batch(examples: Sequence[Example], anchors: int, source: torch.Generator, choice: str = "random") -> Batch:
+def make_batch(
+    examples: Sequence[Example],
+    anchors: int,
+    source: torch.Generator | Sequence[torch.Generator],
+    choice: str = "random",
+) -> Batch:
     """Pads the examples and draws anchors without replacement from the positions that have a label ahead.
 
-    `choice` is TrainConfig's anchor_choice; by entropy there are more anchors, of which the step keeps some.
+    Each row is drawn by itself, from a `source` of its own if there are several. `choice` is TrainConfig's
+    anchor_choice; by entropy there are more anchors, of which the step keeps some.
     """
     longest = max(len(example.ids) for example in examples)
     ids = torch.zeros(len(examples), longest, dtype=torch.long)
@@ -91,8 +115,18 @@ def make_batch(examples: Sequence[Example], anchors: int, source: torch.Generato
         ids[row, : len(example.ids)] = example.ids
         trained[row, : len(example.ids)] = example.trained
         real[row, : len(example.ids)] = True
-    chosen, valid = choose_anchors(trained, anchors, source, choice)
+    sources = [source] * len(examples) if isinstance(source, torch.Generator) else source
+    drawn = [choose_anchors(e.trained[None], anchors, own, choice) for e, own in zip(examples, sources, strict=True)]
+    width = max(1, *(row.shape[1] for row, _ in drawn))
+    chosen = torch.cat([_widened(row, width) for row, _ in drawn])
+    valid = torch.cat([torch.nn.functional.pad(own, (width - own.shape[1], 0)) for _, own in drawn])
     return Batch(ids, trained, real, chosen, valid)
+
+
+def _widened(anchors: Tensor, width: int) -> Tensor:
+    """(1, A) sorted -> (1, width): the first one again, in front of all."""
+    first = anchors[:, :1] if anchors.shape[1] else anchors.new_zeros(1, 1)
+    return torch.cat([first.expand(1, width - anchors.shape[1]), anchors], dim=1)
 
 
 def choose_anchors(

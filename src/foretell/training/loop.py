@@ -7,7 +7,7 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 import transformers
 from accelerate import PartialState
 from accelerate.tracking import GeneralTracker
-from accelerate.utils import reduce
+from accelerate.utils import parse_flag_from_env, reduce
 from torch import Tensor
 
 from foretell import checkpoint
@@ -32,11 +32,13 @@ from foretell.training.data import Corpus, load_corpus
 from foretell.training.held_out import MOST, HeldOut
 from foretell.training.losses import ntp_loss
 from foretell.training.metrics import agreement
+from foretell.training.sharding import shard_base
 from foretell.training.state import DIRECTORY, find_state, restore, save_state, settings
-from foretell.training.step import Latents, Stepper, learning_rate
+from foretell.training.step import Latents, Stepper, latent_variance, learning_rate
 from foretell.training.tracking import check_installed, scalars, trackers
 
 DRAWN_FROM = 10  # measurements: a table says fewer as well, and drawing takes a second
+SCALE_SEQUENCES = 8  # of the first step, for the scale of the base's latents
 MEASURED_SEQUENCES = 2  # of a training batch, for the agreement shown while training
 
 OnStep = Callable[[dict[str, Any]], None]
@@ -68,11 +70,14 @@ def train(
     """
     mtp, config, output = mtp or MTPConfig(), config or TrainConfig(), Path(output)
     check_installed(config.tracker)
-    state = check_output(output, resume)
     place = PartialState(cpu=device == "cpu")
+    with place.main_process_first():  # it may have to finish what a kill cut in two
+        state = check_output(output, resume)
+    sharded = config.shard_base or parse_flag_from_env("ACCELERATE_USE_FSDP")
     loaded = load_base(
-        base, dtype=getattr(torch, config.dtype), device=device or place.device, trust_remote_code=trust_remote_code
-    )
+        base, dtype=getattr(torch, config.dtype), device="cpu" if sharded else device or place.device,
+        trust_remote_code=trust_remote_code, quantise=config.quantise,
+    )  # fmt: skip
     if loaded.max_positions is not None and config.seq_len > loaded.max_positions:
         raise ForetellError(
             f"the base has {loaded.max_positions} positions; give --seq-len {loaded.max_positions} or less"
@@ -81,6 +86,8 @@ def train(
     model = MTPModel(loaded, mtp, checkpoint.load_tokenizer(base, trust_remote_code))
     if init is not None and not resume:
         checkpoint.load_weights(model, checkpoint.local_directory(init) / checkpoint.WEIGHTS_FILE)
+    if sharded:
+        shard_base(model, place)
     corpus = load_corpus(data, model.tokenizer, config.seq_len)
     held_out = load_corpus(config.held_out, model.tokenizer, config.seq_len) if config.held_out else None
     training = Training(model, corpus, output, config, place, on_step, held_out)
@@ -123,13 +130,15 @@ class Training:
         held_out: Corpus | None = None,
     ) -> None:
         self.model, self.corpus, self.output, self.config, self.place = model, corpus, output, config, place
-        self.on_step = on_step or (lambda line: None)
+        self.on_step = on_step if on_step and place.is_main_process else lambda line: None
         self.source = ""
-        self.stepper = Stepper(model, config, place.num_processes)
         examples, rest = (corpus.examples, held_out.examples) if held_out else split(corpus.examples, config.seed)
         self.held_out = HeldOut(model, rest[:MOST], config)
-        self.batches = Batches(examples, config.batch_size, config.anchors, config.seed, config.anchor_choice)
-        self.fixed = settings(model, config, corpus.fingerprint, place.num_processes)
+        sequences = config.batch_size * config.accumulation * place.num_processes
+        self.batches = Batches(examples, sequences, config.anchors, config.seed, config.anchor_choice)
+        scale = latent_variance(model, self.batches.micro_batches(0, 1)[:SCALE_SEQUENCES])
+        self.stepper = Stepper(model, config, place.num_processes, scale)
+        self.fixed = settings(model, config, corpus.fingerprint, sequences)
         self.fixed["held_out"] = held_out.fingerprint if held_out else None
         self.best, self.improved = Best(output, config.keep_best), False
         self.trackers: list[GeneralTracker] = []
@@ -153,12 +162,14 @@ class Training:
         with tracking as self.trackers, self._stop_on_signals():
             while self.step < self.config.steps:
                 start = time.perf_counter()
-                number = self.step * self.place.num_processes + self.place.process_index
-                batch = self.batches.batch(number).to(self.model.base.device)
-                losses, latents = self.stepper.step(batch, self.step)
-                interval.add(losses, batch, time.perf_counter() - start)
+                own = self.batches.micro_batches(
+                    self.step, self.config.batch_size, self.place.process_index, self.place.num_processes
+                )
+                own = [batch.to(self.model.base.device) for batch in own]
+                losses, latents = self.stepper.step(own, self.step)
+                interval.add(losses, own, time.perf_counter() - start)
                 self.step += 1
-                self._report(interval, batch, latents)
+                self._report(interval, own[-1], latents)
                 self.seconds += time.perf_counter() - start
                 self._checkpoint()
         self._checkpoint(last=True)
@@ -304,11 +315,11 @@ class Interval:
         self._losses: dict[str, Tensor] = {}
         self._steps, self._tokens, self._seconds = 0, 0, 0.0
 
-    def add(self, losses: dict[str, Tensor], batch: Batch, seconds: float) -> None:
+    def add(self, losses: dict[str, Tensor], batches: Sequence[Batch], seconds: float) -> None:
         for name, value in losses.items():
             self._losses[name] = self._losses[name] + value if name in self._losses else value
         self._steps += 1
-        self._tokens += int(batch.real.sum())
+        self._tokens += sum(int(batch.real.sum()) for batch in batches)
         self._seconds += seconds
 
     def close(self, processes: int) -> dict[str, Any]:

@@ -48,18 +48,51 @@ def targets(
     return Targets(at(ids, ahead + 1), at(ids, ahead), ahead, valid)
 
 
-def latent_consistency(z_masks: Tensor, z: Tensor, at: Tensor, weights: Tensor | None = None) -> Tensor:
+class Totals(NamedTuple):
+    """What the terms' sums are divided by: () fp32 each, over all sequences of an optimiser step.
+
+    A step's sequences may be spread over processes and micro-batches; divided by these, their losses add up to the
+    loss of all together. An average of averages would weigh a sequence by how few targets its neighbours have.
+    """
+
+    masks: Tensor  # masks with a label, by weight
+    positions: Tensor  # the same where masks that share a position count as one
+    regular: Tensor  # regular tokens with a label, for the ungated baseline
+    variance: Tensor | None = None  # of the base's latents; None: of those at hand
+
+    @classmethod
+    def of(cls, target: Targets, trained: Tensor, weights: Tensor) -> Totals:
+        """Of some of the sequences: target, trained (B, N) bool and weights (K,) fp32 by offset."""
+        weight = weights.expand_as(target.valid)[target.valid]
+        share = weight / _sharing(rows_of_z(target, trained.shape[1])[target.valid])
+        return cls(weight.sum(), share.sum(), trained[:, 1:].sum().float())
+
+
+def rows_of_z(target: Targets, tokens: int) -> Tensor:
+    """(B, A, K) int64: each mask's row among the B * tokens latents of the regular tokens."""
+    batch = torch.arange(len(target.positions), device=target.positions.device)
+    return batch[:, None, None] * tokens + target.positions
+
+
+def _sharing(at: Tensor) -> Tensor:
+    """at (R,) int64 -> (R,): how many have the same value."""
+    return torch.bincount(at)[at]
+
+
+def latent_consistency(
+    z_masks: Tensor, z: Tensor, at: Tensor, weights: Tensor | None = None, total: Tensor | None = None
+) -> Tensor:
     """Mean over NTP positions of the mean squared distance to the masks that share the position.
 
     z_masks (R, D); z (P, D), used as a constant; at (R,) int64: each mask's row of z. Mean over D. Zero without rows.
-    With weights (R,) the means are weighted, a position counting as much as its masks do.
+    With weights (R,) the means are weighted, a position counting as much as its masks do. `total` () is the number of
+    positions, so counted, where these are not all.
     """
     if not at.numel():
         return z_masks.sum()
     error = (z_masks.float() - z.detach()[at].float()).square().mean(-1)
-    sharing = torch.bincount(at, minlength=z.shape[0])[at]
-    share = 1 / sharing if weights is None else weights / sharing
-    return (error * share).sum() / share.sum()
+    share = (1 if weights is None else weights) / _sharing(at)
+    return (error * share).sum() / (share.sum() if total is None else total)
 
 
 def mtp_losses(
@@ -70,22 +103,23 @@ def mtp_losses(
     real: Tensor,
     config: TrainConfig,
     weights: Tensor | None = None,
+    totals: Totals | None = None,
 ) -> dict[str, Tensor]:
     """`base`, `sampler` and `lcm`, unweighted, and their weighted sum `loss`.
 
     z_masks (B, A, K, D), z (B, N, D); real (B, N) bool is false at padding; weights (K,) fp32 by offset, by default all
-    alike. Only rows with a label are unembedded. Also `held` (2, K), see `count_held`, if offset_weights needs it.
+    alike; totals where these are not all sequences. Only rows with a label are unembedded. Also
+    `held` (2, K), see `count_held`, if offset_weights needs it.
     """
     unembed, vocabulary = model.base.unembed, model.base.vocab_size
     valid = target.valid
     masks, labels, known = z_masks[valid], target.labels[valid], z.detach().flatten(0, 1)
-    rows = torch.arange(z.shape[0], device=z.device)[:, None, None] * z.shape[1] + target.positions
-    at = rows[valid]
+    at = rows_of_z(target, z.shape[1])[valid]
     weight = None if weights is None else weights.expand_as(valid)[valid]
 
     def loss(latents: Tensor, objective: str) -> Tensor:
         compare = to_labels(labels) if objective == "labels" else to_base(objective, model, known, at)
-        return row_mean(latents, compare, unembed, vocabulary, weight)
+        return row_mean(latents, compare, unembed, vocabulary, weight, totals and totals.masks)
 
     losses = {"base": loss(masks, config.base_objective)}
     total = config.base_weight * losses["base"]
@@ -95,9 +129,9 @@ def mtp_losses(
         losses["sampler"] = loss(draft, config.sampler_objective)
         total = total + config.sampler_weight * losses["sampler"]
     if config.lcm_weight:
-        lcm = latent_consistency(masks, known, at, weight)
+        lcm = latent_consistency(masks, known, at, weight, totals and totals.positions)
         if config.lcm_normalised:
-            lcm = lcm / z.detach()[real].float().var(0, unbiased=False).mean().clamp_min(1e-12)
+            lcm = lcm / (variance(z[real]) if totals is None or totals.variance is None else totals.variance)
         losses["lcm"] = lcm
         total = total + config.lcm_weight * lcm
     if config.offset_weights == "acceptance":
@@ -107,6 +141,11 @@ def mtp_losses(
         losses["held"] = count_held(match, valid)
     losses["loss"] = total
     return losses
+
+
+def variance(z: Tensor) -> Tensor:
+    """Of latents (R, D) over rows, mean over D: () fp32, above zero."""
+    return z.detach().float().var(0, unbiased=False).mean().clamp_min(1e-12)
 
 
 def ntp_loss(model: MTPModel, z: Tensor, ids: Tensor, anchors: Tensor, valid: Tensor) -> Tensor:

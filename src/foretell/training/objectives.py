@@ -55,13 +55,17 @@ def row_mean(
     unembed: Callable[[Tensor], Tensor],
     vocabulary: int,
     weights: Tensor | None = None,
+    total: Tensor | None = None,
 ) -> Tensor:
-    """Weighted mean of the losses of latents (R, D), weights (R,) fp32 -> scalar fp32; zero without rows."""
+    """Weighted mean of the losses of latents (R, D), weights (R,) fp32 -> scalar fp32; zero without rows.
+
+    `total` () is what the weighted sum is divided by where these are not all rows.
+    """
     if not latents.shape[0]:
         return latents.sum().float()
     weights = latents.new_ones(latents.shape[0], dtype=torch.float32) if weights is None else weights
-    total: Tensor = _Chunked.apply(latents, unembed, compare, weights, max(1, LOGITS_AT_ONCE // vocabulary))
-    return total / weights.sum()
+    summed: Tensor = _Chunked.apply(latents, unembed, compare, weights, max(1, LOGITS_AT_ONCE // vocabulary))
+    return summed / (weights.sum() if total is None else total)
 
 
 def cross_entropy(
@@ -70,9 +74,10 @@ def cross_entropy(
     unembed: Callable[[Tensor], Tensor],
     vocabulary: int,
     weights: Tensor | None = None,
+    total: Tensor | None = None,
 ) -> Tensor:
-    """Weighted mean cross-entropy of latents (R, D) to labels (R,) int64 -> scalar fp32."""
-    return row_mean(latents, to_labels(labels), unembed, vocabulary, weights)
+    """Weighted mean cross-entropy of latents (R, D) to labels (R,) int64 -> scalar fp32; total as in `row_mean`."""
+    return row_mean(latents, to_labels(labels), unembed, vocabulary, weights, total)
 
 
 def to_labels(labels: Tensor) -> RowLosses:

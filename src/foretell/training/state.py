@@ -23,7 +23,13 @@ from foretell.model import MTPModel
 
 DIRECTORY, OPTIMIZER_FILE, STATE_FILE = "checkpoint", "optimizer.safetensors", "state.json"
 # These may differ when a training goes on: they change when it ends and what is written, not what a step does.
-FREE_SETTINGS = ("steps", "checkpoint_every", "log_every", "evaluate_every", "keep_best", "tracker")
+# How a step's sequences are shared out among processes and micro-batches is free too, as long as there are as many.
+FREE_SETTINGS = (
+    "steps", "checkpoint_every", "log_every", "evaluate_every", "batch_size", "accumulation", "gradient_checkpointing",
+    "shard_base", "keep_best", "tracker",
+)  # fmt: skip
+
+SEQUENCES = "sequences per step (batch_size × accumulation × processes)"
 
 # Settings that trainings of earlier versions did not name, and what they did.
 BEFORE = {
@@ -35,13 +41,14 @@ BEFORE = {
     "offset_decay": TrainConfig().offset_decay,  # without effect
     "anchor_choice": "random",
     "masks_warmup": 0,
+    "quantise": "none",
 }
 
 
-def settings(model: MTPModel, config: TrainConfig, data: str, processes: int) -> dict[str, Any]:
-    """What must be the same for a training to go on; `data` is the fingerprint of the token ids."""
+def settings(model: MTPModel, config: TrainConfig, data: str, sequences: int) -> dict[str, Any]:
+    """What must be the same for a training to go on; `data` fingerprints the token ids, `sequences` are per step."""
     fixed = {name: value for name, value in config.to_dict().items() if name not in FREE_SETTINGS}
-    return {**model.config.to_dict(), **fixed, "base": model.base.fingerprint(), "data": data, "processes": processes}
+    return {**model.config.to_dict(), **fixed, "base": model.base.fingerprint(), "data": data, SEQUENCES: sequences}
 
 
 def save_state(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,10 +15,10 @@ from foretell.errors import ForetellError
 from foretell.model import MTPModel
 from foretell.training.anchors import by_entropy, check_choice, keep_by_entropy
 from foretell.training.batches import Batch
-from foretell.training.losses import Targets, mtp_losses, targets
+from foretell.training.losses import Targets, Totals, mtp_losses, targets, variance
 from foretell.training.objectives import cross_entropy
 from foretell.training.offsets import Held, block_lengths, offset_weights
-from foretell.training.two_pass import mask_pass, one_pass, regular_pass
+from foretell.training.two_pass import Regular, mask_pass, one_pass, regular_pass
 
 # Constant, so that a resumed training needs no state of it; steps whose gradients overflow are left out.
 FP16_LOSS_SCALE = 1024.0
@@ -34,41 +35,75 @@ class Latents(NamedTuple):
     anchor_valid: Tensor
 
 
-def forward(model: MTPModel, batch: Batch, config: TrainConfig | None = None, number: int = 0) -> Latents:
+class Plan(NamedTuple):
+    """Which masks of a batch are trained, known before any of them is computed."""
+
+    anchors: Tensor  # (B, A) int64 and which of them count (B, A) bool
+    valid: Tensor
+    lengths: Tensor | None  # (B, A) int64: masks per block, None: all
+    target: Targets
+    regular: Regular | None  # of the first pass, where the choice of anchors needed it
+
+
+def make_plan(model: MTPModel, batch: Batch, config: TrainConfig | None = None, number: int = 0) -> Plan:
+    """At step `number` of a training by `config` blocks may be short, anchors left out; without one all are whole."""
+    anchors, valid, lengths, regular = batch.anchors, batch.anchor_valid, None, None
+    if config is not None:
+        if by_entropy(config.anchor_choice):
+            regular = regular_pass(model, batch.ids)
+            anchors, valid = keep_by_entropy(model, regular.z, anchors, valid, config.anchors, config.anchor_choice)
+        lengths = block_lengths(anchors, batch.ids, number, model.max_masks, config, model.bidirectional)
+    target = targets(batch.ids, batch.trained, anchors, valid, model.max_masks, lengths)
+    return Plan(anchors, valid, lengths, target, regular)
+
+
+def forward(model: MTPModel, batch: Batch, plan: Plan | None = None, checkpointing: bool = False) -> Latents:
     """Two passes with the gate; one pass for the ungated baseline, whose regular tokens depend on the adapter.
 
-    At step `number` of a training by `config` blocks may be short and anchors left out; without one all are whole.
+    `plan` defaults to whole blocks after all anchors; `checkpointing` as in `mask_pass`.
     """
-    k, anchors, valid, lengths = model.max_masks, batch.anchors, batch.anchor_valid, None
-
-    def shortened() -> Tensor | None:
-        return None if config is None else block_lengths(anchors, batch.ids, number, k, config, model.bidirectional)
-
+    anchors, valid, lengths, target, regular = plan or make_plan(model, batch)
     if model.adapter.gated:
-        regular = regular_pass(model, batch.ids)
-        if config is not None and by_entropy(config.anchor_choice):
-            anchors, valid = keep_by_entropy(model, regular.z, anchors, valid, config.anchors, config.anchor_choice)
-        lengths = shortened()
-        z_masks, z = mask_pass(model, anchors, regular, lengths=lengths), regular.z
+        regular = regular or regular_pass(model, batch.ids)
+        z_masks, z = mask_pass(model, anchors, regular, lengths=lengths, checkpointing=checkpointing), regular.z
     else:
-        lengths = shortened()
         z, z_masks = one_pass(model, batch.ids, anchors, lengths)
-    target = targets(batch.ids, batch.trained, anchors, valid, k, lengths)
     return Latents(z_masks, z, target, anchors, valid)
 
 
+@torch.no_grad()
+def latent_variance(model: MTPModel, batches: Sequence[Batch]) -> Tensor:
+    """Of the base's own latents over some sequences, adapter off: () fp32.
+
+    A constant of base and data, so that the consistency loss has one scale in every process and micro-batch.
+    """
+    model.adapter.remove()
+    placed = [batch.to(model.base.device) for batch in batches]
+    z = torch.cat([regular_pass(model, batch.ids).z[batch.real] for batch in placed])
+    if not model.adapter.gated:
+        model.adapter.attach()
+    return variance(z)
+
+
 def all_losses(
-    model: MTPModel, batch: Batch, latents: Latents, config: TrainConfig, weights: Tensor | None = None
+    model: MTPModel,
+    batch: Batch,
+    latents: Latents,
+    config: TrainConfig,
+    weights: Tensor | None = None,
+    totals: Totals | None = None,
 ) -> dict[str, Tensor]:
     """The terms by name and their weighted sum `loss`; `ntp` is a term only of the ungated baseline.
 
-    weights (K,) fp32 of the masks by offset, None: all alike. `held` is no loss but counts, see `mtp_losses`.
+    weights (K,) fp32 of the masks by offset, None: all alike; totals where this batch is a part of the step's.
+    `held` is no loss but counts, see `mtp_losses`.
     """
-    losses = mtp_losses(model, latents.z_masks, latents.z, latents.target, batch.real, config, weights)
+    losses = mtp_losses(model, latents.z_masks, latents.z, latents.target, batch.real, config, weights, totals)
     if not model.adapter.gated:
         after = batch.trained[:, 1:]
         rows, labels = latents.z[:, :-1][after], batch.ids[:, 1:][after]
-        losses["ntp"] = cross_entropy(rows, labels, model.base.unembed, model.base.vocab_size)
+        total = totals and totals.regular
+        losses["ntp"] = cross_entropy(rows, labels, model.base.unembed, model.base.vocab_size, total=total)
         losses["loss"] = losses["loss"] + losses["ntp"]
     return losses
 
@@ -94,12 +129,18 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 class Stepper:
-    """Holds the optimiser and the estimate of which drafts hold. `processes` > 1 averages gradients over them."""
+    """Holds the optimiser and the estimate of which drafts hold.
 
-    def __init__(self, model: MTPModel, config: TrainConfig, processes: int = 1) -> None:
+    With `processes` > 1 gradients are summed over them by hand: only our own parameters have any, so the wrapper of
+    torch's DDP, which expects one forward of a whole module, has nothing to add. `variance` () is `latent_variance`'s.
+    """
+
+    def __init__(
+        self, model: MTPModel, config: TrainConfig, processes: int = 1, variance: Tensor | None = None
+    ) -> None:
         check_choice(config.anchor_choice, model.adapter.gated)
         self.held = Held(model.max_masks, model.base.device)
-        self.model, self.config, self.processes = model, config, processes
+        self.model, self.config, self.processes, self.variance = model, config, processes, variance
         self.parameters = {name: p for name, p in model.own_parameters().items() if p.requires_grad}
         self.optimizer = make_optimizer(self.parameters, config)
         self.dtype = getattr(torch, config.dtype)
@@ -108,26 +149,37 @@ class Stepper:
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.model.base.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
-    def step(self, batch: Batch, number: int) -> tuple[dict[str, Tensor], Latents]:
-        """Step `number`, counted from 0: the losses and the latents, both without gradient.
+    def step(self, batches: Sequence[Batch], number: int) -> tuple[dict[str, Tensor], Latents]:
+        """Step `number`, counted from 0, over this process's micro-batches.
 
+        Returns the losses over all processes and the last micro-batch's latents, both without gradient.
         Raises ForetellError if the loss is no longer a number.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(number, self.config)
+        weights = offset_weights(self.config, self.held.chances)
         with self.autocast():
-            latents = forward(self.model, batch, self.config, number)
-            weights = offset_weights(self.config, self.held.chances)
-            losses = all_losses(self.model, batch, latents, self.config, weights)
-        counts = losses.pop("held", None)
+            plans = [make_plan(self.model, batch, self.config, number) for batch in batches]
+        totals = self._totals(batches, plans, weights)
+        if len(plans) > 1:  # keys and values of one micro-batch at a time
+            plans = [plan._replace(regular=None) for plan in plans]
         scale = FP16_LOSS_SCALE if self.dtype == torch.float16 else 1.0
-        (losses["loss"] * scale).backward()
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        for gradient in gradients:
-            if self.processes > 1:
-                gradient.copy_(reduce(gradient, reduction="mean"))
-            if scale != 1.0:
-                gradient.div_(scale)
+        losses: dict[str, Tensor] = {}
+        for batch, plan in zip(batches, plans, strict=True):
+            with self.autocast():
+                latents = forward(self.model, batch, plan, self.config.gradient_checkpointing)
+                terms = all_losses(self.model, batch, latents, self.config, weights, totals)
+            (terms["loss"] * scale).backward()
+            for name, value in terms.items():
+                losses[name] = losses[name] + value.detach() if name in losses else value.detach()
+            latents = latents._replace(z_masks=latents.z_masks.detach(), z=latents.z.detach())
+        if self.processes > 1:
+            self._sum_gradients()
+            losses = {name: reduce(value, reduction="sum") for name, value in losses.items()}
+        if scale != 1.0:
+            for parameter in self.parameters.values():
+                if parameter.grad is not None:
+                    parameter.grad.div_(scale)
         limit = self.config.max_grad_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
         if torch.isfinite(norm):
@@ -140,7 +192,26 @@ class Stepper:
                     f"the loss is not a number any more at step {number + 1}; train with a lower --lr or in float32"
                 )
         self.optimizer.zero_grad(set_to_none=True)
-        if counts is not None:
-            self.held.update(reduce(counts, reduction="sum") if self.processes > 1 else counts)
-        detached = {name: value.detach() for name, value in losses.items()}
-        return detached, latents._replace(z_masks=latents.z_masks.detach(), z=latents.z.detach())
+        if "held" in losses:
+            self.held.update(losses.pop("held"))
+        return losses, latents
+
+    def _totals(self, batches: Sequence[Batch], plans: Sequence[Plan], weights: Tensor) -> Totals:
+        """Over all micro-batches of all processes."""
+        parts = [
+            torch.stack(Totals.of(plan.target, batch.trained, weights)[:3])
+            for batch, plan in zip(batches, plans, strict=True)
+        ]
+        found = torch.stack(parts).sum(0)
+        if self.processes > 1:
+            found = reduce(found, reduction="sum")
+        masks, positions, regular = found.clamp_min(torch.finfo(torch.float32).tiny)
+        return Totals(masks, positions, regular, self.variance)
+
+    def _sum_gradients(self) -> None:
+        """One exchange of all gradients: hundreds of small ones would each wait for the network."""
+        parameters = list(self.parameters.values())
+        flat = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
+        summed = reduce(torch.cat(flat), reduction="sum")
+        for parameter, gradient in zip(parameters, summed.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = gradient.view_as(parameter)

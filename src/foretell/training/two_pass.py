@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
@@ -19,6 +20,7 @@ from foretell.errors import ForetellError
 from foretell.model import MTPModel
 
 BLOCKS_TOGETHER = 16
+MASKS_AT_ONCE = 256  # where there are as many: fewer leave the machine idle, more see keys that most do not need
 
 
 class FrozenLayer(CacheLayerMixin):
@@ -71,28 +73,55 @@ def regular_pass(model: MTPModel, ids: Tensor) -> Regular:
 
 
 def mask_pass(
-    model: MTPModel, anchors: Tensor, regular: Regular, together: int | None = None, lengths: Tensor | None = None
+    model: MTPModel,
+    anchors: Tensor,
+    regular: Regular,
+    together: int | None = None,
+    lengths: Tensor | None = None,
+    checkpointing: bool = False,
 ) -> Tensor:
     """Mask rows only, with autograd: anchors (B, A) -> z (B, A, K, D).
 
     Bidirectional masks see the first lengths[b] masks of their block b, lengths (B, A) int64, by default all.
     Blocks never see each other, so they are spread over batch rows with `together` of them in each: the attention of M
-    masks over N + M columns is mostly masked away when M is large. Raises ForetellError if not even one block fits.
+    masks over N + M columns is mostly masked away when M is large. Rows go through the base in groups with about the
+    same anchors, which need no keys beyond their last; so memory and time grow with A, not with its square.
+    `checkpointing` keeps a group's result only and computes it again for its gradient: activations of one group.
+    Raises ForetellError if not even one block fits.
     """
     (batch, total), k, tokens = anchors.shape, model.max_masks, regular.z.shape[1]
     copies = -(-total // (together or blocks_together(model, tokens)))
     blocks = -(-total // copies)
-    spread, lengths = (
-        None if rows is None else torch.cat([rows, rows[:, : copies * blocks - total]], dim=1).view(-1, blocks)
+    spread, ends = (
+        None if rows is None else torch.cat([rows, rows[:, : copies * blocks - total]], dim=1).view(batch, -1, blocks)
         for rows in (anchors, lengths)
     )
     assert spread is not None
-    positions = mask_positions(spread, k, tokens)
-    mask = mask_rows(model, spread, positions, tokens, lengths)
-    cache = Cache(layers=[FrozenLayer(keys, values, copies) for keys, values in regular.layers])
-    with model.adapter.open(0, blocks * k):
+    step = max(1, MASKS_AT_ONCE // (batch * blocks * k))
+    parts = []
+    for first in range(0, copies, step):
+        group = slice(first, first + step)
+        arguments = (model, spread[:, group], regular, None if ends is None else ends[:, group], tokens)
+        if checkpointing:
+            parts.append(checkpoint(_group_pass, *arguments, use_reentrant=False, preserve_rng_state=False))
+        else:
+            parts.append(_group_pass(*arguments))
+    return torch.cat(parts, dim=1).reshape(batch, copies * blocks, k, -1)[:, :total]
+
+
+def _group_pass(model: MTPModel, anchors: Tensor, regular: Regular, lengths: Tensor | None, tokens: int) -> Tensor:
+    """anchors and lengths (B, C, b) -> z (B, C, b * K, D): C rows of b blocks for every sequence."""
+    (batch, copies, blocks), k = anchors.shape, model.max_masks
+    seen = int(anchors.max()) + 1  # no mask of these sees more of the sequence
+    anchors, lengths = anchors.flatten(0, 1), None if lengths is None else lengths.flatten(0, 1)
+    positions = mask_positions(anchors, k, tokens)
+    mask = mask_rows(model, anchors, positions, seen, block_ends(model, anchors, tokens, lengths))
+    cache = Cache(
+        layers=[FrozenLayer(keys[:, :, :seen], values[:, :, :seen], copies) for keys, values in regular.layers]
+    )
+    with model.adapter.open(0, blocks * k):  # here, as the gradient's second run finds the gate closed
         z = model.base.latents(mask_embeddings(model, batch * copies, blocks), positions, mask, cache)
-    return z.reshape(batch, copies * blocks, k, -1)[:, :total]
+    return z.view(batch, copies, blocks * k, -1)
 
 
 def blocks_together(model: MTPModel, tokens: int) -> int:
@@ -169,10 +198,10 @@ def visibility(anchors: Tensor, k: int, tokens: int, ends: Tensor | None = None)
 
 
 def mask_rows(
-    model: MTPModel, anchors: Tensor, positions: Tensor, tokens: int, lengths: Tensor | None = None
+    model: MTPModel, anchors: Tensor, positions: Tensor, kept: int, ends: Tensor | None = None
 ) -> AttentionMask:
-    """The additive mask of the second pass, per layer type where the base wants it."""
-    regular = torch.arange(tokens, device=anchors.device).expand(anchors.shape[0], -1)
-    visible = visibility(anchors, model.max_masks, tokens, block_ends(model, anchors, tokens, lengths))
+    """The additive mask of the second pass over `kept` regular tokens, per layer type where the base wants it."""
+    regular = torch.arange(kept, device=anchors.device).expand(anchors.shape[0], -1)
+    visible = visibility(anchors, model.max_masks, kept, ends)
     keys = torch.cat([regular, positions], dim=1)
     return attention_mask(visible, positions, keys, model.base.text_config, model.base.dtype)
