@@ -154,6 +154,14 @@ def test_a_sweep_with_a_draft_model_and_a_picture(saved: Path, capsys: Captured,
     assert [cell for cell in cells if cell["batch"] < 4] == before
 
 
+def test_bench_overwrites_nothing(saved: Path, capsys: Captured, tmp_path: Path) -> None:
+    file, output = tmp_path / "mine.txt", tmp_path / "report.json"
+    file.write_text("one\n")
+    output.write_text("hours of work")
+    fails(capsys, "bench", "--model", saved, "--prompts", file, "--output", output, named="go on from it with --resume")
+    assert output.read_text() == "hours of work"
+
+
 def test_an_interrupted_bench_says_where_to_go_on(
     saved: Path, capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

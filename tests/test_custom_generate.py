@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from foretell import checkpoint
 from foretell.decoding import repository
 from foretell.errors import ForetellError
+from foretell.gated_lora import GatedLoRA
 
 from .models import random_prompt, tiny_lm
 from .saved import save_model
@@ -122,6 +123,47 @@ def test_streamer_stop_strings_and_output(saved: Path, lm: PreTrainedModel) -> N
     assert got.sequences.tolist() == expected.sequences.tolist() and got.sequences.shape[1] < PROMPT.shape[1] + 20
     torch.testing.assert_close(torch.cat(got.logits), torch.cat(expected.logits), atol=1e-4, rtol=0)
     assert ours.calls == theirs.calls
+
+
+def test_stop_strings_of_a_configuration(saved: Path, lm: PreTrainedModel) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(saved.parent / "base")
+    strings = [tokenizer.decode(generate(lm)[0, PROMPT.shape[1] :])[7:9]]
+    expected = generate(lm, tokenizer=tokenizer, stop_strings=strings)
+    assert expected.shape[1] < PROMPT.shape[1] + 20
+    given = GenerationConfig(stop_strings=strings)
+    assert torch.equal(generate(lm, saved, tokenizer=tokenizer, generation_config=given), expected)
+    assert given.stop_strings == strings
+    lm.generation_config.stop_strings = strings
+    assert torch.equal(generate(lm, saved, tokenizer=tokenizer), expected)
+    assert torch.equal(generate(lm, saved), expected)  # the base's own tokenizer lies beside it
+    assert lm.generation_config.stop_strings == strings
+    with pytest.raises(ForetellError):
+        generate(lm, saved, masks=99)
+    assert lm.generation_config.stop_strings == strings
+
+
+def test_the_stream_ends_whatever_fails(saved: Path, lm: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ended(error: type[BaseException], **settings: Any) -> None:
+        streamer = Recorder()
+        with pytest.raises(error):
+            generate(lm, saved, streamer=streamer, **settings)
+        assert streamer.calls == ["end"]
+
+    ended(ForetellError, masks=99)  # ours refuses it
+    ended(ValueError, no_such_argument=1)  # transformers refuses it before ours is called
+    with monkeypatch.context() as patch:
+        patch.setattr(GatedLoRA, "attach", interrupted)  # when the first step puts its hooks on the base
+        streamer = Recorder()
+        with pytest.raises(KeyboardInterrupt):
+            generate(lm, saved, streamer=streamer, strategy="linear")
+        assert streamer.calls == [PROMPT.tolist(), "end"]
+    (saved / checkpoint.WEIGHTS_FILE).write_bytes(b"\x00" * 40)
+    lm.__dict__.pop(repository.ATTRIBUTE)
+    ended(ForetellError)  # the adapter can't be loaded
+
+
+def interrupted(*arguments: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_base_and_its_adapter_in_one_directory(saved: Path, tmp_path: Path) -> None:

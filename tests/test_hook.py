@@ -100,6 +100,23 @@ def test_stop_strings_as_a_criterion(known: Known) -> None:
     assert got.tolist() == expected.tolist() and prompt.shape[1] + 1 < got.shape[1] < prompt.shape[1] + 40
 
 
+def test_stop_strings_as_an_argument(known: Known, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompt = known
+    tokenizer = syllable_tokenizer()
+    call = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 40, "do_sample": False}
+    text = tokenizer.decode(model.base.lm.generate(prompt, **call)[0, prompt.shape[1] :])
+    asked = call | {"stop_strings": [text[15:20], "never"], "tokenizer": tokenizer}
+    expected = model.base.lm.generate(prompt, **asked)
+    assert prompt.shape[1] + 1 < expected.shape[1] < prompt.shape[1] + 40
+    with pytest.raises(ForetellError, match="no tokenizer to find stop_strings with"):
+        model.base.lm.generate(prompt, **asked, custom_generate=model.custom_generate)
+    monkeypatch.setattr(model, "tokenizer", tokenizer)
+    got = model.base.lm.generate(prompt, **asked, custom_generate=model.custom_generate)
+    assert got.tolist() == expected.tolist()
+    one = call | {"stop_strings": text[15:20]}  # a single string, and the tokenizer left out
+    assert model.base.lm.generate(prompt, **one, custom_generate=model.custom_generate).tolist() == expected.tolist()
+
+
 def test_a_streamer_is_bound_and_gets_what_transformers_would_put(known: Known) -> None:
     model, prompt = known
     theirs, ours, unused = Recorder(), Recorder(), Recorder()

@@ -8,9 +8,10 @@ from foretell.errors import ForetellError
 
 if TYPE_CHECKING:
     from foretell.decoding.generate import Generation, MTPForCausalLM, load
+    from foretell.distillation import distill
 
 __version__ = "0.1.0"
-__all__ = ["ForetellError", "Generation", "MTPForCausalLM", "load"]
+__all__ = ["ForetellError", "Generation", "MTPForCausalLM", "distill", "load"]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,4 +20,8 @@ def __getattr__(name: str) -> Any:
         from foretell.decoding import generate
 
         return getattr(generate, name)
+    if name == "distill":
+        from foretell.distillation import distill
+
+        return distill
     raise AttributeError(f"module 'foretell' has no attribute {name!r}")

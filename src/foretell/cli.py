@@ -16,7 +16,7 @@ from foretell import __version__
 from foretell.errors import ForetellError
 
 # In the order of the help. Each is foretell.commands.<name>, light to import, with a function `command`.
-COMMANDS = ("demo", "generate", "train", "plot", "bench", "check")
+COMMANDS = ("demo", "generate", "distill", "train", "plot", "bench", "check")
 
 USAGE, INTERRUPTED = 2, 130
 

@@ -261,3 +261,16 @@ class DecodeConfig(Config):
             return NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens
         room = self.max_length - prompt_tokens
         return room if self.max_new_tokens is None else min(room, self.max_new_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(Config):
+    """How a base answers prompts to be trained on (method.md section 4: the model's own responses)."""
+
+    title: ClassVar[str] = "Distillation"
+
+    batch_size: int = option(8, "prompts decoded side by side; the answers do not depend on it", minimum=1)
+    limit: int | None = option(None, "take this many prompts, the first ones [all]", minimum=1)
+    samples: int = option(1, "answers per prompt, each drawn with a seed of its own", minimum=1)
+    chat: bool | None = option(None, "put prompts through the base's chat template [if it has one]")
+    only_finished: bool = option(False, "leave out answers that were cut off by the length")

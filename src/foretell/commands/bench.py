@@ -106,7 +106,9 @@ def command(
     from foretell.evaluation import plot as picture
     from foretell.evaluation.bench import bench
     from foretell.evaluation.prompts import NAMES, load_prompts, prompts_path, set_name
+    from foretell.evaluation.saved import check_output
 
+    check_output(output, resume)
     check_writable(output)
     check_writable(plot)
     if plot:

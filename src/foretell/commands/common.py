@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -53,17 +55,24 @@ def load_model(
 ) -> MTPForCausalLM:
     """`foretell.load`, with a sign of life on a terminal's stderr and without transformers' progress bars."""
     from rich.console import Console
-    from transformers.utils import logging
 
     import foretell
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    with Console(stderr=True).status(f"loading {model or 'the embedded model'}"):
+    with quiet_loading(), Console(stderr=True).status(f"loading {model or 'the embedded model'}"):
         return foretell.load(
             model, base=base, dtype=dtype, device=device, trust_remote_code=trust_remote_code, packed=packed,
             quantise=quantise,
         )  # fmt: skip
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Without transformers' progress bars and warnings."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    yield
 
 
 def words(text: str) -> list[str]:

@@ -67,6 +67,17 @@ class StaticLayer(CacheLayerMixin):
             if states is not None:
                 states[target, :, :length] = states[source, :, :length]
 
+    def join(self, other: StaticLayer, lengths: Sequence[int]) -> None:
+        """Copies the kept tokens of the rows of `other` behind the rows in use, of which there must have been more."""
+        if other.keys is None:  # prompts of one token: there is nothing to copy
+            return
+        if max(lengths) > self.keys.shape[2]:
+            self._grow(max(lengths))
+        first = len(self.lengths)
+        for states, new in ((self.keys, other.keys), (self.values, other.values)):
+            for row, length in enumerate(lengths):
+                states[first + row, :, :length] = new[row, :, :length]
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
 
@@ -97,3 +108,9 @@ class StaticCache(Cache):
                 layer.move(last, sequence)
             self.lengths[sequence] = self.lengths[last]
         self.lengths.pop()
+
+    def join(self, other: StaticCache) -> None:
+        """Takes in the sequences of another cache, in the rows of such as have left."""
+        for layer, new in zip(self.layers, other.layers, strict=True):
+            layer.join(new, other.lengths)
+        self.lengths += other.lengths  # in place: the layers hold the same list

@@ -134,14 +134,18 @@ class MTPForCausalLM(MTPModel):
         streamer: Streamer | None = None,
         strategy: str | None = None,
         masks: int | None = None,
+        stop_strings: str | Sequence[str] | None = None,
+        tokenizer: Any = None,
         **model_kwargs: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
         """For the base's own `generate(**inputs, custom_generate=model.custom_generate)`; batches too, padded left.
 
-        transformers calls this with what it has prepared; `strategy` and `masks` may be given to `generate()`. It keeps
-        the streamer to itself, so bind one: `custom_generate=functools.partial(model.custom_generate, streamer=s)`.
+        transformers calls this with what it has prepared; `strategy`, `masks` and `stop_strings` may be given to
+        `generate()`. It keeps the streamer and the tokenizer to itself: stop strings are found with the base's own
+        tokenizer, and a streamer is bound, `custom_generate=functools.partial(model.custom_generate, streamer=s)`.
         """
         settings = {"strategy": strategy, "masks": masks}
+        strings = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings or ())
         return hook.generate(
             self,
             lm,
@@ -152,6 +156,8 @@ class MTPForCausalLM(MTPModel):
             model_kwargs.get("attention_mask"),
             streamer,
             settings,
+            strings,
+            self.tokenizer if tokenizer is None else tokenizer,
         )
 
     def _generate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,7 +35,7 @@ from foretell.decoding import loop
 from foretell.decoding.loop import Step
 from foretell.decoding.pick import Picker
 from foretell.decoding.scores import scores_and_logits
-from foretell.decoding.stopping import Condition, Stop
+from foretell.decoding.stopping import Condition, Stop, StopStrings
 from foretell.decoding.streaming import Streamer, ended, streamed
 from foretell.errors import ForetellError
 
@@ -64,12 +65,15 @@ def generate(
     attention_mask: Tensor | None,
     streamer: Streamer | None,
     settings: dict[str, Any],
+    stop_strings: Sequence[str] = (),
+    tokenizer: Any = None,
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """input_ids (B, n), left-padded where attention_mask (B, n) is 0 -> (B, n + longest) int64, padded on the right.
 
     transformers has prepared the processors, warpers included when it samples, and the length. Draws follow torch's
     global seed. With `return_dict_in_generate` the ids are the `sequences` of transformers' own output, beside the
     scores and logits that were asked for: per new token (B, V) fp32, zeros where a sequence has ended.
+    `stop_strings` are found with `tokenizer`.
     Raises ForetellError for another base and for what is neither greedy decoding nor sampling.
     """
     with ended(streamer):
@@ -92,7 +96,12 @@ def generate(
             model.check_lengths(len(prompt), config)
         check_processors(logits_processor, len(prompts), padded=not bool(real.all()))
         eos = [token for c in stopping_criteria if isinstance(c, EosTokenCriteria) for token in c.eos_token_id.tolist()]
-        stop = Stop(eos, [completed_string(c) for c in stopping_criteria if isinstance(c, StopStringCriteria)])
+        conditions = [completed_string(c) for c in stopping_criteria if isinstance(c, StopStringCriteria)]
+        if stop_strings:
+            if tokenizer is None:
+                raise ForetellError(f"the base {model.base.name} has no tokenizer to find stop_strings with")
+            conditions.append(StopStrings(tokenizer, stop_strings))
+        stop = Stop(eos, conditions)
         picker = Picker(config, without_padding(logits_processor))
         wants_scores, wants_logits = (
             bool(generation_config.return_dict_in_generate and wanted)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ class Step:
     layout: Layout
     sequence: int = 0  # which prompt of a batch
     logits: Tensor | None = field(default=None, repr=False, compare=False)  # (tokens, V) fp32, if asked for
+    last: bool = False  # whether the text ends with it
 
     @property
     def origins(self) -> list[str]:
@@ -38,7 +40,6 @@ class Step:
         return ["draft"] * self.accepted + ["base"] * (len(self.tokens) - self.accepted)
 
 
-@torch.inference_mode()
 def steps(
     model: MTPModel,
     prompts: Sequence[Tensor],
@@ -58,17 +59,38 @@ def steps(
 
     `strategy` is by default the one that `config` names, `drafter` the model's own masks and sampler head.
     """
+    return refilled_steps(model, enumerate(prompts), len(prompts), config, picker, stop, strategy, drafter, keep_logits)
+
+
+@torch.inference_mode()
+def refilled_steps(
+    model: MTPModel,
+    prompts: Iterable[tuple[int, Tensor]],
+    batch_size: int,
+    config: DecodeConfig,
+    picker: Picker,
+    stop: Stop | None = None,
+    strategy: Strategy | None = None,
+    drafter: Drafter | None = None,
+    keep_logits: bool = False,
+) -> Iterator[list[Step]]:
+    """As `steps`, for any number of prompts (n,) int64 with the numbers that their steps bear as `sequence`.
+
+    At most `batch_size` are decoded side by side; the next one is taken when an earlier one has ended.
+    """
+    waiting = iter(prompts)
+    first = list(islice(waiting, batch_size))
+    if not first:
+        return
     masks = config.masks or model.max_masks
-    strategy = strategy or strategy_of(model, config, len(prompts))
+    strategy = strategy or strategy_of(model, config, len(first))
     drafter = drafter or SamplerDrafter(model, config, picker)
     stop = stop or Stop()
-    limits = [config.new_tokens(len(prompt)) for prompt in prompts]
-    capacity = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)) + (masks + 1) ** 2
-    cache = StaticCache(len(model.base.blocks), capacity, len(prompts))
-    prefill(model, prompts, cache)
-    running = [Running(number, limits[number], prompt.tolist()) for number, prompt in enumerate(prompts)]
-    x = torch.stack([prompt[-1] for prompt in prompts])  # (B,)
-    drafts = x.new_empty((len(prompts), 0))  # (B, most drafts), NO_DRAFT where a sequence has fewer
+    running, x = started(first, config)
+    capacity = max(len(row.text) + row.remaining for row in running) + (masks + 1) ** 2
+    cache = StaticCache(len(model.base.blocks), capacity, len(first))
+    prefill(model, [prompt for _, prompt in first], cache)
+    drafts = x.new_empty((len(first), 0))  # (B, most drafts), NO_DRAFT where a sequence has fewer
     try:
         while running:
             layouts = aligned(strategy.layouts(running), masks)
@@ -91,7 +113,7 @@ def steps(
                 row.text += tokens
                 strategy.decided(row, tokens)
                 kept = logits[number, : len(tokens)].to(torch.float32, copy=True) if keep_logits else None
-                done.append(Step(tokens, min(accepted, len(tokens)), layout, row.sequence, kept))
+                done.append(Step(tokens, min(accepted, len(tokens)), layout, row.sequence, kept, not row.remaining))
             yield done
             accepted = [count for count, *_ in decided]
             cache.keep([count + 1 for count in accepted])
@@ -108,10 +130,27 @@ def steps(
                 drafts = draft_blocks(drafter, strategy, surviving(latents, blocks), read, x, running)
             else:
                 running = []
+            if joining := list(islice(waiting, batch_size - len(running))):
+                longest = max(len(prompt) for _, prompt in joining)
+                fresh = StaticCache(len(model.base.blocks), longest, len(joining))
+                prefill(model, [prompt for _, prompt in joining], fresh)
+                cache.join(fresh)
+                rows, last = started(joining, config)
+                # What joins has no drafts yet.
+                none = drafts.new_full((len(rows), drafts.shape[1]), NO_DRAFT)
+                drafts = torch.cat([drafts, none]) if running else none
+                x = torch.cat([x, last]) if running else last
+                running = running + rows
     finally:
         # Also after an error or half a text: the base goes on without hooks.
         if model.adapter.gated:
             model.adapter.remove()
+
+
+def started(prompts: Sequence[tuple[int, Tensor]], config: DecodeConfig) -> tuple[list[Running], Tensor]:
+    """Numbered prompts (n,) at their beginning, and the last token of each, (B,) int64."""
+    running = [Running(number, config.new_tokens(len(prompt)), prompt.tolist()) for number, prompt in prompts]
+    return running, torch.stack([prompt[-1] for _, prompt in prompts])
 
 
 def leave_finished(running: list[Running], cache: StaticCache) -> list[int]:

@@ -11,7 +11,7 @@ than not: for distributions p and q with total variation d they agree with proba
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -31,10 +31,17 @@ class Picker:
     """Chooses tokens for `DecodeConfig`'s temperature, top_k, top_p, min_p, repetition_penalty and seed.
 
     `processors` are further transformers LogitsProcessors; they see the whole text before each token, drafts included.
+    `seed_of` gives every sequence a seed of its own, with which it is drawn as if it were alone.
     """
 
-    def __init__(self, config: DecodeConfig, processors: LogitsProcessorList | None = None) -> None:
+    def __init__(
+        self,
+        config: DecodeConfig,
+        processors: LogitsProcessorList | None = None,
+        seed_of: Callable[[int], int] | None = None,
+    ) -> None:
         self.seed = config.seed
+        self.seed_of = seed_of
         self.greedy = config.temperature == 0
         self.draws_drafts = not self.greedy and config.drafts == "drawn"
         self.processors = LogitsProcessorList(processors or [])
@@ -79,6 +86,7 @@ class Picker:
 
     def _waits(self, sequence: int, place: int, vocab: int, device: torch.device) -> Tensor:
         """(V,) fp32, Exp(1): the same for the same (seed, sequence, place)."""
-        key = hashlib.blake2b(f"{self.seed}/{sequence}/{place}".encode(), digest_size=8).digest()
+        seed, sequence = (self.seed, sequence) if self.seed_of is None else (self.seed_of(sequence), 0)
+        key = hashlib.blake2b(f"{seed}/{sequence}/{place}".encode(), digest_size=8).digest()
         generator = torch.Generator(device).manual_seed(int.from_bytes(key) >> 1)
         return torch.empty(vocab, device=device).exponential_(generator=generator)

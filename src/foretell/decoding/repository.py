@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import GenerationMixin, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from foretell import checkpoint
 from foretell.base import Base
 from foretell.decoding.generate import MTPForCausalLM
+from foretell.decoding.streaming import EndedOnce, ended
 from foretell.errors import ForetellError
 
 DOWNLOAD_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
@@ -39,17 +40,36 @@ def generate_with_adapter(lm: PreTrainedModel, **arguments: Any) -> Tensor | Gen
     `strategy` and `masks` may be among the arguments. The first call loads the adapter; else `lm` stays as it is.
     Raises ForetellError if the adapter was trained for another base.
     """
-    download = {name: arguments.pop(name) for name in DOWNLOAD_OPTIONS if name in arguments}
-    model = attached(lm, named_by_the_call() or str(lm.config._name_or_path), download)
-    # transformers hands neither a streamer nor a tokenizer on to a callable.
-    decode = partial(model.custom_generate, streamer=arguments.pop("streamer", None))
-    tokenizer, strings = arguments.pop("tokenizer", None), arguments.get("stop_strings")
-    if tokenizer is not None and strings is not None:
-        del arguments["stop_strings"]
-        given = arguments.get("stopping_criteria") or []
-        arguments["stopping_criteria"] = StoppingCriteriaList([*given, StopStringCriteria(tokenizer, strings)])
-    # From its class: a base loaded from the adapter's own repository has a `generate` of its own, which is this one.
-    return type(lm).generate(lm, custom_generate=decode, **arguments)
+    streamer = arguments.pop("streamer", None)
+    if streamer is not None:
+        streamer = EndedOnce(streamer)
+    with ended(streamer):  # also if the adapter can't be loaded, or transformers refuses the arguments
+        download = {name: arguments.pop(name) for name in DOWNLOAD_OPTIONS if name in arguments}
+        model = attached(lm, named_by_the_call() or str(lm.config._name_or_path), download)
+        # transformers hands neither a streamer nor a tokenizer on to a callable.
+        decode = partial(model.custom_generate, streamer=streamer, tokenizer=arguments.pop("tokenizer", None))
+        with without_stop_strings(lm, arguments) as strings:
+            # From its class: a base loaded from the adapter's own repository has a `generate` of its own, this one.
+            return type(lm).generate(lm, custom_generate=partial(decode, stop_strings=strings), **arguments)
+
+
+@contextmanager
+def without_stop_strings(lm: PreTrainedModel, arguments: dict[str, Any]) -> Iterator[str | list[str] | None]:
+    """Takes the stop strings from the arguments, or from the configuration that holds them, where they are put back.
+
+    Those in a configuration transformers would look for with the tokenizer that it withholds, and refuse.
+    """
+    strings = arguments.pop("stop_strings", None)
+    given = arguments.get("generation_config")
+    holding = [config for config in (given, lm.generation_config) if config is not None and config.stop_strings]
+    kept = [config.stop_strings for config in holding]
+    try:
+        for config in holding:
+            config.stop_strings = None
+        yield strings if strings is not None or not kept else kept[0]
+    finally:
+        for config, own in zip(holding, kept, strict=True):
+            config.stop_strings = own
 
 
 def attached(lm: PreTrainedModel, source: str, download: dict[str, Any]) -> MTPForCausalLM:

@@ -113,6 +113,9 @@ class Adaptive:
             else:
                 still_open.append(block)
         self.open[row.sequence] = still_open
+        if not row.remaining:  # others may take its place for hours
+            del self.open[row.sequence]
+            self.at_hand.pop(row.sequence, None)
 
     def drafted(self, running: Sequence[Running], drafts: Tensor, confidences: Tensor | None) -> None:
         assert confidences is not None

@@ -21,6 +21,22 @@ class Streamer(Protocol):
     def end(self) -> None: ...
 
 
+class EndedOnce:
+    """A streamer for several hands, each of which ends it: the first time counts."""
+
+    def __init__(self, streamer: Streamer) -> None:
+        self._streamer = streamer
+        self._ended = False
+
+    def put(self, value: Tensor) -> None:
+        self._streamer.put(value)
+
+    def end(self) -> None:
+        if not self._ended:
+            self._ended = True
+            self._streamer.end()
+
+
 @contextmanager
 def ended(streamer: Streamer | None) -> Iterator[None]:
     """Ends the stream on the way out, after an error too: whoever reads it in another thread must not wait for ever."""

@@ -21,13 +21,14 @@ from foretell.errors import ForetellError
 
 @dataclass(frozen=True)
 class Decoded:
-    """What decoding a batch gave: each list has an entry per sequence, and in it one per step. Prefill is no step."""
+    """What decoding a batch gave: each list has an entry per sequence, and in it one per step."""
 
     tokens: list[list[int]]
     sizes: list[list[int]]  # tokens of every step
     drafts: list[list[int]]  # drafts that every step verified
     accepted: list[list[int]]  # and those of them that held
     steps: int  # of the whole batch: as many as its longest sequence took
+    prefills: int  # sequences whose prompt took a forward of its own; transformers' first step reads the prompt too
     seconds: float  # with prefill
     first_token_seconds: float  # until the first step had given its tokens
 
@@ -88,6 +89,7 @@ def huggingface_generate(
         drafts=drafts,
         accepted=[[size - 1 for size in row] for row in sizes],
         steps=len(stopwatch.sizes),
+        prefills=0,
         seconds=seconds,
         first_token_seconds=stopwatch.times[0] - start,
     )

@@ -17,7 +17,7 @@ from foretell.evaluation.measure import Run, count, encode_prompts, first_differ
 from foretell.evaluation.methods import AUTOREGRESSIVE, HUGGINGFACE, Method, methods_to_compare
 from foretell.evaluation.prompts import Prompt
 from foretell.evaluation.report import Cell, Point, Report, Row, Spread, digest, environment
-from foretell.evaluation.saved import finished_cells, save
+from foretell.evaluation.saved import check_output, finished_cells, save
 
 # Told after every batch: batches done, batches in all, what is being measured.
 Progress = Callable[[int, int, str], None]
@@ -56,15 +56,14 @@ def bench(
     decoding's instead of `generate()`'s. Drawn texts always are, as transformers draws otherwise.
 
     With `output`, the report so far is written there after every point; `resume` goes on from that file, also for a
-    wider sweep. Torch's threads stay as they are.
+    wider sweep, and without it a file that exists is refused. Torch's threads stay as they are.
     Raises ForetellError for bad settings and prompts, before anything runs.
     """
     if rounds < 1:
         raise ForetellError(f"rounds must be at least 1, not {rounds}")
     if not prompts:
         raise ForetellError("give at least one set of prompts")
-    if resume and output is None:
-        raise ForetellError("resume goes on from the file that output names; give output too")
+    check_output(output, resume)
     methods = methods_to_compare(
         model,
         strategies=strategies,

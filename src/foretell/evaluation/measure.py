@@ -38,6 +38,7 @@ class Run:
     seconds: float = 0.0  # prefill included
     first_token_seconds: list[float] = field(default_factory=list)  # until the first step had given its tokens
     steps: list[int] = field(default_factory=list)  # forwards of a whole batch, prefill not counted
+    prefills: int = 0  # prompts that took a forward of their own, before the first step
 
     def add(self, batch: Decoded) -> None:
         self.tokens += batch.tokens
@@ -47,6 +48,7 @@ class Run:
         self.seconds += batch.seconds
         self.first_token_seconds.append(batch.first_token_seconds)
         self.steps.append(batch.steps)
+        self.prefills += batch.prefills
 
     @property
     def seconds_per_token(self) -> float:
@@ -176,6 +178,7 @@ def _decode(
             for own, counts in zip(sequences, drafts, strict=True)
         ],
         steps=steps,
+        prefills=len(batch),
         seconds=seconds,
         first_token_seconds=first_token,
     )
@@ -207,7 +210,7 @@ def count(done: Run, masks: int) -> Counts:
         tokens=tokens,
         steps=len(sizes),
         acceptance_rate=tokens / len(sizes),
-        acceptance_rate_with_prefill=tokens / (len(sizes) + prompts),
+        acceptance_rate_with_prefill=tokens / (len(sizes) + done.prefills),
         acceptance_rate_per_prompt=sum(sum(steps) / len(steps) for steps in done.sizes) / prompts,
         acceptance_histogram=[histogram[size] for size in range(1, most + 2)],
         draft_acceptance=draft_acceptance,

@@ -44,10 +44,12 @@ def load_prompts(
     return prompts
 
 
-def read_records(source: str | Path, *, limit: int | None = None) -> list[tuple[int, dict[str, Any]]]:
+def read_records(
+    source: str | Path, *, limit: int | None = None, fields: Sequence[str] = FIELDS
+) -> list[tuple[int, dict[str, Any]]]:
     """The first `limit` records with their line numbers; lines of a `.txt` are records with a `prompt`.
 
-    Raises ForetellError if the file is missing, empty, or has a line without an accepted field.
+    Raises ForetellError if the file is missing, empty, or has a line without one of the fields.
     """
     if limit is not None and limit < 1:
         raise ForetellError(f"limit must be at least 1, not {limit}")
@@ -62,7 +64,7 @@ def read_records(source: str | Path, *, limit: int | None = None) -> list[tuple[
         raise ForetellError(f"{path} is empty: it needs a prompt per line")
     if path.suffix == ".txt":
         return [(number, {"prompt": line.rstrip("\r")}) for number, line in numbered]
-    return [(number, _record(line, path, number)) for number, line in numbered]
+    return [(number, _record(line, path, number, fields)) for number, line in numbered]
 
 
 def prompts_path(source: str | Path) -> Path:
@@ -104,15 +106,15 @@ def to_context(prompts: Sequence[Tensor], length: int, bos: int | None = None) -
     return fitted
 
 
-def _record(line: str, path: Path, number: int) -> dict[str, Any]:
+def _record(line: str, path: Path, number: int, fields: Sequence[str]) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except ValueError as error:
         raise ForetellError(f"{path}, line {number}: not valid JSON ({error})") from None
-    if not isinstance(record, dict) or not any(field in record for field in FIELDS):
+    if not isinstance(record, dict) or not any(field in record for field in fields):
         found = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
         raise ForetellError(
-            f"{path}, line {number}: needs a field {', '.join(FIELDS[:-1])} or {FIELDS[-1]}; it has {found or 'none'}"
+            f"{path}, line {number}: needs a field {', '.join(fields[:-1])} or {fields[-1]}; it has {found or 'none'}"
         )
     return record
 

@@ -30,6 +30,14 @@ def load(path: str | Path) -> Report:
         raise ForetellError(f"{path} is not a report of this version's `foretell bench`; give another file") from None
 
 
+def check_output(path: str | Path | None, resume: bool) -> None:
+    """Raises ForetellError rather than overwrite a report, and if there is nothing to resume from."""
+    if path is None and resume:
+        raise ForetellError("resume goes on from the file that output names; give output too")
+    if path is not None and Path(path).exists() and not resume:
+        raise ForetellError(f"{path} exists already; go on from it with --resume, or give another --output")
+
+
 def finished_cells(path: str | Path, settings: dict[str, Any], environment: dict[str, Any]) -> list[Cell]:
     """The cells of the report in a file; none if it does not exist yet.
 
@@ -46,6 +54,6 @@ def finished_cells(path: str | Path, settings: dict[str, Any], environment: dict
             if key not in free and before.get(key) != now.get(key):
                 raise ForetellError(
                     f"{path} can't be resumed: it was measured with {key} {before.get(key)}, not {now.get(key)}; "
-                    "give another output file, or leave out resume to begin again"
+                    "give another output file"
                 )
     return report.cells

@@ -95,6 +95,8 @@ def _check(record: Any, where: str) -> Record:
     """The text or messages of a record. Raises ForetellError naming the place and the accepted fields."""
     if isinstance(record, dict) and isinstance(record.get("text"), str):
         return str(record["text"])
+    if isinstance(record, dict) and all(isinstance(record.get(name), str) for name in ("prompt", "completion")):
+        return str(record["prompt"]) + str(record["completion"])
     messages = record.get("messages") if isinstance(record, dict) else None
     if isinstance(messages, list) and messages:
         for message in messages:
