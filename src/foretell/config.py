@@ -129,7 +129,8 @@ class TrainConfig(Config):
 
     steps: int = option(2000, "optimiser steps", minimum=1)
     batch_size: int = option(8, "sequences per step", minimum=1)
-    seq_len: int = option(512, "tokens per sequence; longer records are cut", minimum=8)
+    seq_len: int = option(512, "tokens per sequence; longer texts are split, longer conversations truncated", minimum=8)
+    packing: bool = option(False, "several short records share a sequence, without attention between them")
     anchors: int = option(64, "mask blocks per sequence, hung after randomly chosen positions", minimum=1)
     lr: float = option(1e-3, "peak learning rate of AdamW", minimum=0.0)
     warmup: int = option(100, "steps of linear warm-up, at most a fifth of all", minimum=0)

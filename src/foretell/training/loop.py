@@ -7,7 +7,7 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,11 +25,13 @@ from foretell.config import MTPConfig, TrainConfig
 from foretell.errors import ForetellError
 from foretell.model import MTPModel
 from foretell.training.batches import Batch, Batches, generator, make_batch, split
-from foretell.training.data import Corpus, load_corpus
+from foretell.training.data import Corpus, Report, load_corpus
 from foretell.training.losses import ntp_loss
 from foretell.training.metrics import agreement
+from foretell.training.packing import packed
 from foretell.training.state import DIRECTORY, find_state, restore, save_state, settings
 from foretell.training.step import Latents, Stepper, forward, learning_rate
+from foretell.training.store import SKIPPED_FILE
 
 METRICS_FILE = "metrics.jsonl"
 MEASURED_SEQUENCES = 2  # of a training batch, for the agreement shown while training
@@ -40,7 +42,7 @@ OnStep = Callable[[dict[str, Any]], None]
 
 def train(
     base: str,
-    data: str | Path,
+    data: str | Path | Sequence[str | Path],
     output: str | Path,
     mtp: MTPConfig | None = None,
     config: TrainConfig | None = None,
@@ -53,9 +55,11 @@ def train(
 ) -> MTPModel:
     """Trains an adapter for `base` on `data` and leaves it in `output`, ready for `foretell.load`.
 
+    `data` is a file, a directory, a Hub data set or several of them as "source[:weight]" (`load_corpus`); records that
+    can't be used are named in `output/skipped.jsonl`.
     `output/metrics.jsonl` gets a line every `log_every` steps; `output/checkpoint` lets `resume=True` go on to the same
-    bits. `on_step` is called before the first step with {"step", "steps", "data"}, after every step with the first
-    two, and on logged steps with all metrics.
+    bits. `on_step` is called with {"step", "steps", "reading"} while long data are read, before the first step with
+    {"step", "steps", "data"}, after every step with the first two, and on logged steps with all metrics.
     `init` is a trained model of the same settings whose weights to start from.
     Ctrl-C and SIGTERM finish the step, save a checkpoint and raise KeyboardInterrupt.
 
@@ -75,10 +79,14 @@ def train(
     model = MTPModel(loaded, mtp, checkpoint.load_tokenizer(base, trust_remote_code))
     if init is not None and not resume:
         checkpoint.load_weights(model, checkpoint.local_directory(init) / checkpoint.WEIGHTS_FILE)
-    corpus = load_corpus(data, model.tokenizer, config.seq_len)
-    training = Training(model, corpus, output, config, place, on_step)
-    training.source = Path(data).name if Path(data).exists() else str(data)
-    return training.run(state)
+
+    def reading(report: Report) -> None:
+        if on_step is not None:
+            on_step({"step": 0, "steps": config.steps, "reading": report.records})
+
+    with place.local_main_process_first():  # the others find the tokens there
+        corpus = load_corpus(data, model.tokenizer, config.seq_len, reading)
+    return Training(model, corpus, output, config, place, on_step).run(state)
 
 
 def check_output(output: Path, resume: bool) -> dict[str, Any] | None:
@@ -116,9 +124,10 @@ class Training:
     ) -> None:
         self.model, self.corpus, self.output, self.config, self.place = model, corpus, output, config, place
         self.on_step = on_step or (lambda line: None)
-        self.source = ""
         self.stepper = Stepper(model, config, place.num_processes)
         examples, self.held_out = split(corpus.examples, config.seed)
+        if config.packing:
+            examples = packed(examples, config.seq_len)
         self.batches = Batches(examples, config.batch_size, config.anchors, config.seed)
         self.fixed = settings(model, config, corpus.fingerprint, place.num_processes)
         self.step, self.seconds = 0, 0.0
@@ -131,6 +140,8 @@ class Training:
             self.step = restore(self.output, state, self.model, self.stepper.optimizer, self.fixed)
             self.seconds, self.metrics = float(state["seconds"]), dict(state["metrics"])
         self._drop_metrics_after(self.step)
+        if self.place.is_main_process:
+            self.corpus.write_skipped(self.output / SKIPPED_FILE)
         self.on_step({"step": self.step, "steps": self.config.steps, "data": str(self.corpus.report)})
         interval = Interval()
         with self._stop_on_signals():
@@ -218,7 +229,8 @@ class Training:
         device = self.model.base.device
         hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
         return {
-            "data": self.source,
+            "data": str(self.corpus),
+            "data_sources": self.corpus.describe(),
             "data_report": str(self.corpus.report),
             "data_fingerprint": self.corpus.fingerprint,
             "training": self.config.to_dict(),

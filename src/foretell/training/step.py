@@ -32,10 +32,10 @@ class Latents(NamedTuple):
 def forward(model: MTPModel, batch: Batch) -> Latents:
     """Two passes with the gate; one pass for the ungated baseline, whose regular tokens depend on the adapter."""
     if model.adapter.gated:
-        regular = regular_pass(model, batch.ids)
-        z_masks, z = mask_pass(model, batch.anchors, regular), regular.z
+        regular = regular_pass(model, batch.ids, batch.starts)
+        z_masks, z = mask_pass(model, batch.anchors, regular, starts=batch.starts), regular.z
     else:
-        z, z_masks = one_pass(model, batch.ids, batch.anchors)
+        z, z_masks = one_pass(model, batch.ids, batch.anchors, batch.starts)
     target = targets(batch.ids, batch.trained, batch.anchors, batch.anchor_valid, model.max_masks)
     return Latents(z_masks, z, target)
 

@@ -63,15 +63,21 @@ class Regular(NamedTuple):
 
 
 @torch.no_grad()
-def regular_pass(model: MTPModel, ids: Tensor) -> Regular:
-    """ids (B, N), padded on the right: the base's own forward with the gate closed."""
-    cache = DynamicCache()
-    z = model.base.latents(model.base.embed(ids), cache=cache)
+def regular_pass(model: MTPModel, ids: Tensor, starts: Tensor | None = None) -> Regular:
+    """ids (B, N), padded on the right: the base's own forward with the gate closed; starts (B, N) if packed."""
+    cache, positions, mask = DynamicCache(), None, None
+    if starts is not None:
+        positions = regular_positions(ids.shape[0], ids.shape[1], starts, ids.device)
+        visible = within_documents(starts)
+        mask = attention_mask(visible, positions, positions, model.base.text_config, model.base.dtype)
+    z = model.base.latents(model.base.embed(ids), positions, mask, cache)
     return Regular([(layer.keys, layer.values) for layer in cache.layers], z)
 
 
-def mask_pass(model: MTPModel, anchors: Tensor, regular: Regular, together: int | None = None) -> Tensor:
-    """Mask rows only, with autograd: anchors (B, A) -> z (B, A, K, D).
+def mask_pass(
+    model: MTPModel, anchors: Tensor, regular: Regular, together: int | None = None, starts: Tensor | None = None
+) -> Tensor:
+    """Mask rows only, with autograd: anchors (B, A) -> z (B, A, K, D); starts (B, N) if packed.
 
     Blocks never see each other, so they are spread over batch rows with `together` of them in each: the attention of M
     masks over N + M columns is mostly masked away when M is large. Raises ForetellError if not even one block fits.
@@ -80,8 +86,10 @@ def mask_pass(model: MTPModel, anchors: Tensor, regular: Regular, together: int 
     copies = -(-total // (together or blocks_together(model, tokens)))
     blocks = -(-total // copies)
     spread = torch.cat([anchors, anchors[:, : copies * blocks - total]], dim=1).view(-1, blocks)
-    positions = mask_positions(spread, k, tokens)
-    mask = mask_rows(model, spread, positions, tokens)
+    if starts is not None:
+        starts = starts.repeat_interleave(copies, dim=0)
+    positions = mask_positions(spread, k, tokens, starts)
+    mask = mask_rows(model, spread, positions, tokens, starts)
     cache = Cache(layers=[FrozenLayer(keys, values, copies) for keys, values in regular.layers])
     with model.adapter.open(0, blocks * k):
         z = model.base.latents(mask_embeddings(model, batch * copies, blocks), positions, mask, cache)
@@ -102,13 +110,18 @@ def blocks_together(model: MTPModel, tokens: int) -> int:
     return min(fit, BLOCKS_TOGETHER)
 
 
-def one_pass(model: MTPModel, ids: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
-    """Everything in one forward with autograd: ids (B, N), anchors (B, A) -> z (B, N, D) and (B, A, K, D)."""
+def one_pass(model: MTPModel, ids: Tensor, anchors: Tensor, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Everything in one forward with autograd: ids (B, N), anchors (B, A) -> z (B, N, D) and (B, A, K, D).
+
+    starts (B, N) if packed.
+    """
     (batch, tokens), blocks, k = ids.shape, anchors.shape[1], model.max_masks
-    regular = torch.arange(tokens, device=ids.device).expand(batch, -1)
-    positions = torch.cat([regular, mask_positions(anchors, k, tokens)], dim=1)
-    causal = torch.ones(tokens, tokens + blocks * k, dtype=torch.bool, device=ids.device).tril()
-    visible = torch.cat([causal.expand(batch, -1, -1), visibility(anchors, k, tokens)], dim=1)
+    regular = regular_positions(batch, tokens, starts, ids.device)
+    positions = torch.cat([regular, mask_positions(anchors, k, tokens, starts)], dim=1)
+    causal = torch.ones(tokens, tokens, dtype=torch.bool, device=ids.device).tril().expand(batch, -1, -1)
+    seen = causal if starts is None else within_documents(starts)
+    seen = torch.cat([seen, seen.new_zeros(batch, tokens, blocks * k)], dim=2)
+    visible = torch.cat([seen, visibility(anchors, k, tokens, starts)], dim=1)
     mask = attention_mask(visible, positions, positions, model.base.text_config, model.base.dtype)
     embeddings = torch.cat([model.base.embed(ids), mask_embeddings(model, batch, blocks)], dim=1)
     with model.adapter.open(tokens, tokens + blocks * k):
@@ -121,29 +134,46 @@ def mask_embeddings(model: MTPModel, batch: int, blocks: int) -> Tensor:
     return model.mask_vectors.to(model.base.dtype).repeat(blocks, 1).expand(batch, -1, -1)
 
 
-def mask_positions(anchors: Tensor, k: int, tokens: int) -> Tensor:
-    """(B, M) position ids: mask j after anchor i sits at i + j.
+def regular_positions(batch: int, tokens: int, starts: Tensor | None, device: torch.device) -> Tensor:
+    """(B, N) position ids of the regular tokens: those of every document of a pack begin at 0."""
+    columns = torch.arange(tokens, device=device).expand(batch, -1)
+    return columns if starts is None else columns - starts
+
+
+def within_documents(starts: Tensor) -> Tensor:
+    """starts (B, N) -> (B, N, N) bool: a token sees those up to itself of its own document."""
+    causal = torch.ones(starts.shape[1], starts.shape[1], dtype=torch.bool, device=starts.device).tril()
+    return causal & (starts[:, :, None] == starts[:, None, :])
+
+
+def mask_positions(anchors: Tensor, k: int, tokens: int, starts: Tensor | None = None) -> Tensor:
+    """(B, M) position ids: mask j after anchor i sits at i + j, counted from its document's start.
 
     Masks past the end have no label and are held at the last position, which a table of learned positions still has.
     """
     offsets = torch.arange(1, k + 1, device=anchors.device)
-    return (anchors[:, :, None] + offsets).clamp(max=tokens - 1).flatten(1)
+    own = anchors if starts is None else anchors - starts.gather(1, anchors)
+    return (own[:, :, None] + offsets).clamp(max=tokens - 1).flatten(1)
 
 
-def visibility(anchors: Tensor, k: int, tokens: int) -> Tensor:
-    """(B, M, N + M) bool: m_j after anchor i sees regular tokens up to i and m_1..m_j of its own block."""
+def visibility(anchors: Tensor, k: int, tokens: int, starts: Tensor | None = None) -> Tensor:
+    """(B, M, N + M) bool: m_j after anchor i sees regular tokens up to i of its document and m_1..m_j of its block."""
     batch, blocks = anchors.shape
     columns = torch.arange(tokens, device=anchors.device)
-    prefix = (columns <= anchors[:, :, None]).repeat_interleave(k, dim=1)
+    prefix = columns <= anchors[:, :, None]
+    if starts is not None:
+        prefix &= columns >= starts.gather(1, anchors)[:, :, None]
     within = torch.ones(k, k, dtype=torch.bool, device=anchors.device).tril()
     own = torch.block_diag(*[within] * blocks).bool()
-    return torch.cat([prefix, own.expand(batch, -1, -1)], dim=2)
+    return torch.cat([prefix.repeat_interleave(k, dim=1), own.expand(batch, -1, -1)], dim=2)
 
 
-def mask_rows(model: MTPModel, anchors: Tensor, positions: Tensor, tokens: int) -> AttentionMask:
+def mask_rows(
+    model: MTPModel, anchors: Tensor, positions: Tensor, tokens: int, starts: Tensor | None = None
+) -> AttentionMask:
     """The additive mask of the second pass, per layer type where the base wants it."""
-    regular = torch.arange(tokens, device=anchors.device).expand(anchors.shape[0], -1)
+    regular = regular_positions(anchors.shape[0], tokens, starts, anchors.device)
     return attention_mask(
-        visibility(anchors, model.max_masks, tokens), positions, torch.cat([regular, positions], dim=1),
+        visibility(anchors, model.max_masks, tokens, starts), positions, torch.cat([regular, positions], dim=1),
         model.base.text_config, model.base.dtype,
     )  # fmt: skip
