@@ -44,9 +44,7 @@ DataOption = Annotated[
         show_default=False,
     ),
 ]
-MoreData = Annotated[
-    list[str] | None, typer.Argument(metavar="[MORE DATA]...", help="more of --data", show_default=False)
-]
+MoreData = Annotated[list[str] | None, typer.Argument(metavar="MORE_DATA", help="more of --data", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
 
 

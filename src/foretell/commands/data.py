@@ -15,16 +15,18 @@ if TYPE_CHECKING:
 
     from foretell.training.preview import Preview, Shown
 
-group = typer.Typer(help="Look at training text as the model will see it.", no_args_is_help=True)
+group = typer.Typer()
 
 TRAINED, READ, ANCHOR = "green", "dim", "bold reverse"
 SETTINGS = ("batch_size", "seq_len", "packing", "anchors", "seed")
 OTHERS = tuple(name for name in TrainConfig.__dataclass_fields__ if name not in SETTINGS)
 
 
-@group.callback()
-def _group() -> None:
+@group.callback(invoke_without_command=True)
+def _group(context: typer.Context) -> None:
     """Look at training text as the model will see it."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @group.command()
