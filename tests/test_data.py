@@ -1,132 +1,21 @@
-"""Reading text and conversations, answer masks, and what every batch holds."""
+"""What every batch holds: order, mixtures, held-out text, padding, anchors."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from foretell.errors import ForetellError
 from foretell.training.batches import Batches, choose_anchors, generator, split
-from foretell.training.data import Example, conversation_example, load_corpus
-from foretell.training.sources import read_records
+from foretell.training.data import Example, load_corpus
+from foretell.training.examples import Examples, Part, apportion
 
 from .saved import character_tokenizer
-
-PROMPT = "{% if add_generation_prompt %}a:{% endif %}"
-PLAIN = "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}\n{% endfor %}" + PROMPT
-MARKED = (
-    "{% for m in messages %}{% if m['role'] == 'assistant' %}a:{% generation %}{{ m['content'] }}\n{% endgeneration %}"
-    "{% else %}{{ m['role'][0] }}:{{ m['content'] }}\n{% endif %}{% endfor %}" + PROMPT
-)
-TALK = [
-    {"role": "user", "content": "hi"},
-    {"role": "assistant", "content": "yes."},
-    {"role": "user", "content": "more"},
-    {"role": "assistant", "content": "no."},
-]
-
-
-def write(path: Path, *lines: object) -> Path:
-    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
-    return path
-
-
-def text_of(example: Example) -> str:
-    return str(character_tokenizer().decode(example.ids.tolist()))
-
-
-@pytest.mark.parametrize(
-    ("line", "complaint"),
-    [
-        ('{"txt": "hello"}', r'line 2: found txt; a record must be \{"text"'),
-        ('{"text": "hello"', "line 2: not JSON"),
-        ('{"text": 5}', "line 2: found text; a record must be"),
-        ("[1, 2]", "line 2: found list"),
-        ('{"messages": []}', "line 2: found messages"),
-        ('{"messages": [{"role": "user"}]}', 'line 2: a message needs "role" and "content"'),
-    ],
-)
-def test_a_bad_record_is_named_by_file_and_line(tmp_path: Path, line: str, complaint: str) -> None:
-    path = write(tmp_path / "d.jsonl", {"text": "good"}, line)
-    with pytest.raises(ForetellError, match=f"d.jsonl, {complaint}"):
-        list(read_records(path))
-
-
-def test_bytes_that_are_not_utf8_are_named_by_line(tmp_path: Path) -> None:
-    (tmp_path / "d.txt").write_bytes(b"fine\nbad \xff\n")
-    with pytest.raises(ForetellError, match=r"d\.txt, line 2: not UTF-8"):
-        list(read_records(tmp_path / "d.txt"))
-
-
-def test_empty_missing_and_foreign_sources_are_refused(tmp_path: Path) -> None:
-    tokenizer = character_tokenizer()
-    (tmp_path / "empty.jsonl").touch()
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "table.csv").write_text("a,b")
-    for source, complaint in {
-        "empty.jsonl": "holds no text",
-        "folder": "has no .jsonl",
-        "table.csv": "is not a .jsonl",
-        "missing.txt": "does not exist",
-    }.items():
-        with pytest.raises(ForetellError, match=complaint):
-            load_corpus(tmp_path / source, tokenizer, 32)
-    write(tmp_path / "short.jsonl", {"text": "a"})
-    with pytest.raises(ForetellError, match="no record with anything to train on"):
-        load_corpus(tmp_path / "short.jsonl", tokenizer, 32)
-
-
-def test_a_data_set_that_is_nowhere_is_a_sentence() -> None:
-    with pytest.raises(ForetellError, match="neither a file nor a Hub data set"):
-        list(read_records("no-such-data-set-of-foretell"))
-
-
-def test_directories_are_read_in_order_and_text_files_hold_several_documents(tmp_path: Path) -> None:
-    (tmp_path / "b").mkdir()
-    write(tmp_path / "b" / "code.py", "x = 1", "", "y = 2")
-    write(tmp_path / "a.txt", "one", "<|endoftext|>", "two", "", "three", "<|endoftext|>", "")
-    write(tmp_path / "c.jsonl", {"text": "four"})
-    (tmp_path / "ignored.bin").write_bytes(b"\xff")
-    assert list(read_records(tmp_path)) == ["one", "two\n\nthree", "x = 1\n\ny = 2", "four"]
-
-
-def test_texts_end_with_eos_and_long_ones_are_split(tmp_path: Path) -> None:
-    tokenizer = character_tokenizer()
-    corpus = load_corpus(write(tmp_path / "d.jsonl", {"text": "abcdefghij"}, {"text": "xyz"}), tokenizer, 8)
-    assert [text_of(example) for example in corpus.examples] == ["abcdefgh", "ij<eos>", "xyz<eos>"]
-    assert all(example.trained.all() for example in corpus.examples)
-    assert (corpus.report.records, corpus.report.cut, corpus.report.tokens) == (2, 1, 15)
-
-
-@pytest.mark.parametrize("template", [PLAIN, MARKED])
-def test_only_answers_are_trained(template: str) -> None:
-    tokenizer = character_tokenizer()
-    tokenizer.chat_template = template
-    example = conversation_example(TALK, tokenizer)
-    assert text_of(example) == "u:hi\na:yes.\nu:more\na:no.\n"
-    trained = "".join(c for c, kept in zip(text_of(example), example.trained.tolist(), strict=True) if kept)
-    assert trained == "yes.\nno.\n"
-
-
-def test_conversations_are_cut_and_the_empty_ones_counted(tmp_path: Path) -> None:
-    tokenizer = character_tokenizer()
-    path = write(tmp_path / "d.jsonl", {"messages": TALK}, {"messages": TALK[:1]})
-    with pytest.raises(ForetellError, match="no chat template"):
-        load_corpus(path, tokenizer, 12)
-    tokenizer.chat_template = PLAIN
-    corpus = load_corpus(path, tokenizer, 12)
-    assert [text_of(example) for example in corpus.examples] == ["u:hi\na:yes.\n"]
-    assert (corpus.report.cut, corpus.report.skipped) == (1, 1)
-
-
-def test_a_template_that_refuses_is_a_sentence() -> None:
-    tokenizer = character_tokenizer()
-    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(ForetellError, match=r"refuses a conversation \(roles must alternate"):
-        conversation_example(TALK, tokenizer)
 
 
 def test_anchors_are_distinct_and_have_a_label() -> None:
@@ -142,11 +31,16 @@ def test_anchors_are_distinct_and_have_a_label() -> None:
     assert all(len(set(anchors)) == 4 and max(anchors) <= 47 for anchors in drawn)
 
 
-def examples(count: int) -> list[Example]:
+def examples(count: int, first: int = 0) -> list[Example]:
     return [
         Example(torch.full((5 + n % 7,), n, dtype=torch.int32), torch.ones(5 + n % 7, dtype=torch.bool))
-        for n in range(count)
+        for n in range(first, first + count)
     ]
+
+
+def mixture(*parts: tuple[int, float | None]) -> Examples:
+    """Source s holds the numbers from 1000 s on."""
+    return Examples([Part.of(examples(count, 1000 * s), weight) for s, (count, weight) in enumerate(parts)])
 
 
 def test_batches_depend_on_seed_and_number_alone_and_cover_everything() -> None:
@@ -155,7 +49,7 @@ def test_batches_depend_on_seed_and_number_alone_and_cover_everything() -> None:
     seen = [row[0].item() for number in range(3) for row in batches.batch(number).ids]
     assert set(seen) == set(range(10)) and len(seen) == 12
     later, fresh = batches.batch(7), Batches(pool, 4, 3, seed=1).batch(7)
-    assert all(torch.equal(a, b) for a, b in zip(later, fresh, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(later[:5], fresh[:5], strict=True))
     other = Batches(pool, 4, 3, seed=2).batch(7)
     assert later.ids.shape != other.ids.shape or not torch.equal(later.ids, other.ids)
 
@@ -168,9 +62,60 @@ def test_padding_is_neither_real_nor_trained() -> None:
     assert (batch.anchors + 2 < lengths[:, None]).all()
 
 
+def numbers(batches: Batches, count: int) -> list[int]:
+    return [int(row[0]) for number in range(count) for row in batches.batch(number).ids]
+
+
+def test_a_mixture_draws_by_weight_whatever_the_sizes() -> None:
+    pool = mixture((90, 1.0), (10, 3.0))
+    batches = Batches(pool, 4, 1, seed=0)
+    epoch = numbers(batches, batches.per_epoch)
+    seen = Counter(number // 1000 for number in epoch)
+    assert batches.per_epoch == 25 and seen == {0: 25, 1: 75}
+    small = Counter(number for number in epoch if number >= 1000)
+    assert set(small.values()) <= {7, 8}, "a small source goes round and round, each example as often as the others"
+    four = numbers(batches, 4 * batches.per_epoch)
+    assert len({number for number in four if number < 1000}) == 90, "a large one goes on where it was in the next epoch"
+    again = Batches(mixture((90, 1.0), (10, 3.0)), 4, 1, seed=0)
+    assert numbers(again, 30)[-8:] == numbers(batches, 30)[-8:] and again.chosen(7) == batches.chosen(7)
+
+
+def test_without_weights_every_example_of_every_source_comes_once() -> None:
+    batches = Batches(mixture((9, None), (3, None)), 4, 1, seed=0)
+    assert sorted(numbers(batches, 3)) == [*range(9), 1000, 1001, 1002]
+    assert mixture((9, None), (3, 2.0)).draws() == [4, 8], "one weight makes the others 1"
+    assert mixture((1000, 1000.0), (3, 0.001)).draws()[1] == 1, "no source is left out"
+    assert apportion(10, [1, 1, 1]) == [4, 3, 3]
+
+
+def test_batches_hold_similar_lengths() -> None:
+    batches = Batches(examples(64), 4, 1, seed=0)
+    spread = [np.ptp(batch.real.sum(1).numpy()) for batch in map(batches.batch, range(batches.per_epoch))]
+    assert np.mean(spread) < 2, "drawn blindly, four lengths of 5 to 11 would lie 4 apart"
+
+
 def test_held_out_examples_are_not_trained_on() -> None:
-    train, held = split(examples(40), seed=0)
+    train, held = split(mixture((40, None)), seed=0)
     assert (len(train), len(held)) == (38, 2)
     assert {int(e.ids[0]) for e in train} | {int(e.ids[0]) for e in held} == set(range(40))
-    assert split(examples(19), seed=0)[1] == []
-    assert len(split(examples(5000), seed=0)[1]) == 64
+    assert split(mixture((19, None)), seed=0)[1] == []
+    assert len(split(mixture((5000, None)), seed=0)[1]) == 64
+    kept, held = split(mixture((1000, 1.0), (1000, 1.0)), seed=0)
+    assert Counter(int(e.ids[0]) // 1000 for e in held) == {0: 32, 1: 32} and len(kept) == 2000 - 64
+    small = split(mixture((1000, 1.0), (40, 9.0)), seed=0)[1]
+    assert sum(int(e.ids[0]) >= 1000 for e in small) == 2, "never more than a twentieth of a source"
+
+
+def test_a_mixture_is_described(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": f"{name} {n}"}) for n in range(4)))
+    sources = [f"{tmp_path / 'a.jsonl'}:2", tmp_path / "b.jsonl"]
+    corpus = load_corpus(sources, character_tokenizer(), 16)
+    assert str(corpus) == "a.jsonl:2 b.jsonl" and corpus.report.examples == 8
+    described = [(line["source"], line["weight"], line["share"], line["records"]) for line in corpus.describe()]
+    assert described == [("a.jsonl:2", 2.0, 0.625, 4), ("b.jsonl", None, 0.375, 4)]
+    assert load_corpus(sources[::-1], character_tokenizer(), 16).fingerprint != corpus.fingerprint
+    with pytest.raises(ForetellError, match=r"weight in .* must be above 0"):
+        load_corpus(f"{tmp_path / 'a.jsonl'}:0", character_tokenizer(), 16)
+    with pytest.raises(ForetellError, match="there is no data"):
+        load_corpus([], character_tokenizer(), 16)

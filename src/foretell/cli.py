@@ -15,8 +15,9 @@ import typer
 from foretell import __version__
 from foretell.errors import ForetellError
 
-# In the order of the help. Each is foretell.commands.<name>, light to import, with a function `command`.
-COMMANDS = ("demo", "generate", "distill", "train", "plot", "bench", "check")
+# In the order of the help. Each is foretell.commands.<name>, light to import, with a function `command`, or a typer
+# application `group` where it has sub-commands of its own.
+COMMANDS = ("demo", "generate", "distill", "data", "train", "plot", "bench", "check")
 
 USAGE, INTERRUPTED = 2, 130
 
@@ -28,7 +29,11 @@ def build_app() -> typer.Typer:
     for name in COMMANDS:
         module = f"foretell.commands.{name}"
         if importlib.util.find_spec(module):
-            app.command(name)(importlib.import_module(module).command)
+            found = importlib.import_module(module)
+            if hasattr(found, "group"):
+                app.add_typer(found.group, name=name)
+            else:
+                app.command(name)(found.command)
     return app
 
 

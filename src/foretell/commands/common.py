@@ -41,6 +41,16 @@ QuantiseOption = Annotated[
     typer.Option("--quantise", help="load the base's linear layers in 8 or 4 bits (bitsandbytes)"),
 ]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the base")]
+DataOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        help="training text: .jsonl, .json, .parquet, .txt, a directory or a Hub data set; several are a mixture, with "
+        "weights as in --data a.jsonl:2 b:1",
+        show_default=False,
+    ),
+]
+MoreData = Annotated[list[str] | None, typer.Argument(metavar="MORE_DATA", help="more of --data", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from foretell.commands.common import DataOption, MoreData
 from foretell.commands.options import dataclass_options, load_yaml
 from foretell.config import MTPConfig, TrainConfig
 from foretell.errors import ForetellError
@@ -21,10 +22,8 @@ PLACES = ("base", "data", "output")
 @dataclass_options(MTPConfig, TrainConfig)
 def command(
     base: Annotated[str | None, typer.Option(help="base model: a directory or a Hub name", show_default=False)] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(help="training text: .jsonl, .txt, a directory, or a Hub data set", show_default=False),
-    ] = None,
+    more: MoreData = None,
+    data: DataOption = None,
     output: Annotated[str | None, typer.Option(help="where the trained adapter goes", show_default=False)] = None,
     config: Annotated[
         Path | None, typer.Option(help="YAML file of any of these settings; options win over it", show_default=False)
@@ -41,7 +40,7 @@ def command(
     **values: Any,
 ) -> None:
     """Train an adapter, so that a base says several tokens per step. The base itself stays as it is."""
-    given = {"base": base, "data": data, "output": output}
+    given = {"base": base, "data": [*(data or ()), *(more or ())] or None, "output": output}
     places, mtp, settings = merge_settings(config, {k: v for k, v in given.items() if v is not None} | values)
 
     from accelerate import PartialState
@@ -68,8 +67,8 @@ def command(
         report(places["output"], model.provenance, as_json)
 
 
-def merge_settings(path: Path | None, given: dict[str, Any]) -> tuple[dict[str, str], MTPConfig, TrainConfig]:
-    """Defaults < YAML < what was given on the command line.
+def merge_settings(path: Path | None, given: dict[str, Any]) -> tuple[dict[str, Any], MTPConfig, TrainConfig]:
+    """Defaults < YAML < what was given on the command line. `data` may be one source or a list of them.
 
     Raises ForetellError for an unknown key, and if base, data or output is given nowhere.
     """
@@ -80,7 +79,9 @@ def merge_settings(path: Path | None, given: dict[str, Any]) -> tuple[dict[str, 
         if key not in known:
             raise ForetellError(f"{path}: unknown setting {key!r}; known are {', '.join(sorted(known))}")
     for name in PLACES:
-        if not isinstance(values.get(name), str) or not values[name]:
+        value = values.get(name)
+        several = name == "data" and isinstance(value, list) and all(isinstance(item, str) for item in value)
+        if not value or not (several or isinstance(value, str)):
             raise ForetellError(f"training needs --{name} (or {name}: in the --config file)")
     mtp = MTPConfig.from_dict({k: v for k, v in values.items() if k in fields[MTPConfig]})
     settings = TrainConfig.from_dict({k: v for k, v in values.items() if k in fields[TrainConfig]})

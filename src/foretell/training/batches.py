@@ -10,11 +10,12 @@ import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from foretell.training.anchors import CHOSEN_AMONG, by_entropy, run_of_candidates
-from foretell.training.data import Example, candidates
+from foretell.training.examples import Example, Examples, Part, apportion, candidates
 
 WINDOW = 16  # batches' worth of examples that are sorted by length together
 HELD_OUT_FROM, HELD_OUT_SHARE, HELD_OUT_MOST = 20, 0.05, 64
@@ -28,9 +29,10 @@ class Batch(NamedTuple):
     real: Tensor  # (B, N) bool, false at padding
     anchors: Tensor  # (B, A) int64
     anchor_valid: Tensor  # (B, A) bool: false where a row had too few positions to choose from
+    starts: Tensor | None = None  # (B, N) int64 if packed: the column at which each token's document begins
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(tensor.to(device) for tensor in self))
+        return Batch(*(None if tensor is None else tensor.to(device) for tensor in self))  # type: ignore[arg-type]
 
 
 def generator(*key: int | str) -> torch.Generator:
@@ -39,13 +41,22 @@ def generator(*key: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
-def split(examples: Sequence[Example], seed: int) -> tuple[list[Example], list[Example]]:
-    """(training, held-out) examples; nothing is held out of fewer than 20."""
+def split(examples: Examples, seed: int) -> tuple[Examples, list[Example]]:
+    """(training, held-out) examples; nothing is held out of fewer than 20.
+
+    Of a mixture they are held out by weight, but never more than a share of any source.
+    """
     if len(examples) < HELD_OUT_FROM:
-        return list(examples), []
-    order = torch.randperm(len(examples), generator=generator(seed, "held out")).tolist()
+        return examples, []
     held = min(HELD_OUT_MOST, max(1, int(len(examples) * HELD_OUT_SHARE)))
-    return [examples[i] for i in order[:-held]], [examples[i] for i in order[-held:]]
+    kept, out = [], []
+    for number, (part, wanted) in enumerate(zip(examples.parts, apportion(held, examples.draws()), strict=True)):
+        count = min(wanted, int(len(part.chosen) * HELD_OUT_SHARE))
+        source = generator(seed, "held out", number)
+        order = torch.randperm(len(part.chosen), generator=source).numpy()
+        kept.append(part.subset(np.sort(order[count:])))
+        out += [part.items[int(i)] for i in part.chosen[order[:count]]]
+    return Examples(kept), out
 
 
 class Batches:
@@ -53,18 +64,19 @@ class Batches:
 
     batch_size counts all sequences of an optimiser step, over all processes.
 
-    Every epoch visits all examples once, in batches of similar lengths; the last batch of an epoch is filled up from
-    its beginning.
+    Every epoch visits all examples once, or as often as the weights of a mixture say, in batches of similar lengths;
+    the last batch of an epoch is filled up from its beginning.
     """
 
     def __init__(
         self, examples: Sequence[Example], batch_size: int, anchors: int, seed: int, choice: str = "random"
     ) -> None:
-        self.examples, self.batch_size, self.anchors, self.seed = examples, batch_size, anchors, seed
-        self.choice = choice
-        self.per_epoch = -(-len(examples) // batch_size)
+        self.examples = examples if isinstance(examples, Examples) else Examples([Part.of(examples)])
+        self.batch_size, self.anchors, self.seed, self.choice = batch_size, anchors, seed, choice
+        self._draws = self.examples.draws()
+        self.per_epoch = -(-sum(self._draws) // batch_size)
         self._epoch = -1
-        self._order: list[list[int]] = []
+        self._order = self._batches = torch.zeros(0, dtype=torch.long)
 
     def batch(self, number: int) -> Batch:
         """All rows of step `number`."""
@@ -77,24 +89,40 @@ class Batches:
         return [self._rows(number, rows[start : start + size]) for start in range(0, len(rows), size)]
 
     def _rows(self, number: int, rows: Sequence[int]) -> Batch:
-        epoch, index = divmod(number, self.per_epoch)
-        if epoch != self._epoch:
-            self._order, self._epoch = self._shuffled(epoch), epoch
-        chosen = [self.examples[self._order[index][row]] for row in rows]
+        chosen = self.chosen(number)
         return make_batch(
-            chosen, self.anchors, [generator(self.seed, "anchors", number, row) for row in rows], self.choice
+            [self.examples[chosen[row]] for row in rows],
+            self.anchors,
+            [generator(self.seed, "anchors", number, row) for row in rows],
+            self.choice,
         )
 
-    def _shuffled(self, epoch: int) -> list[list[int]]:
+    def chosen(self, number: int) -> list[int]:
+        """Which examples batch `number` holds."""
+        epoch, index = divmod(number, self.per_epoch)
+        if epoch != self._epoch:
+            self._shuffle(epoch)
+        start, place = divmod(int(self._batches[index]), WINDOW)
+        window = self._order[start * WINDOW * self.batch_size :][: WINDOW * self.batch_size].numpy()
+        window = window[np.argsort(self.examples.lengths[window], kind="stable")]
+        return [int(i) for i in window[place * self.batch_size :][: self.batch_size]]
+
+    def _shuffle(self, epoch: int) -> None:
         source = generator(self.seed, "order", epoch)
-        order = torch.randperm(len(self.examples), generator=source).tolist()
-        missing = self.per_epoch * self.batch_size - len(order)
-        order += [order[i % len(order)] for i in range(missing)]
-        batches = []
-        for start in range(0, len(order), WINDOW * self.batch_size):
-            window = sorted(order[start : start + WINDOW * self.batch_size], key=lambda i: len(self.examples[i].ids))
-            batches += [window[i : i + self.batch_size] for i in range(0, len(window), self.batch_size)]
-        return [batches[i] for i in torch.randperm(len(batches), generator=source).tolist()]
+        drawn = torch.cat([self._drawn(number, epoch) for number in range(len(self._draws))])
+        drawn = drawn[torch.randperm(len(drawn), generator=source)]
+        fill = torch.arange(self.per_epoch * self.batch_size) % len(drawn)
+        self._order, self._batches = drawn[fill], torch.randperm(self.per_epoch, generator=source)
+        self._epoch = epoch
+
+    def _drawn(self, number: int, epoch: int) -> Tensor:
+        """What source `number` gives to an epoch: its own examples go round and round, shuffled anew each time."""
+        size, draws = len(self.examples.parts[number].chosen), self._draws[number]
+        first, last = epoch * draws, (epoch + 1) * draws - 1
+        rounds = range(first // size, last // size + 1)
+        order = torch.cat([torch.randperm(size, generator=generator(self.seed, "round", number, r)) for r in rounds])
+        before = sum(len(part.chosen) for part in self.examples.parts[:number])
+        return before + order[first - rounds[0] * size :][:draws]
 
 
 def make_batch(
@@ -120,7 +148,18 @@ def make_batch(
     width = max(1, *(row.shape[1] for row, _ in drawn))
     chosen = torch.cat([_widened(row, width) for row, _ in drawn])
     valid = torch.cat([torch.nn.functional.pad(own, (width - own.shape[1], 0)) for _, own in drawn])
-    return Batch(ids, trained, real, chosen, valid)
+    return Batch(ids, trained, real, chosen, valid, _starts(examples, longest))
+
+
+def _starts(examples: Sequence[Example], longest: int) -> Tensor | None:
+    if all(example.starts is None for example in examples):
+        return None
+    starts = torch.zeros(len(examples), longest, dtype=torch.long)
+    for row, example in enumerate(examples):
+        if example.starts is not None:
+            starts[row, : len(example.ids)] = example.starts
+        starts[row, len(example.ids) :] = len(example.ids)  # padding is a document of its own
+    return starts
 
 
 def _widened(anchors: Tensor, width: int) -> Tensor:

@@ -1,179 +1,174 @@
-"""Training text as token ids with an answer mask (method.md section 1)."""
+"""Training text as token ids with an answer mask, from one source or a mixture (method.md section 1)."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Iterator
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from foretell.errors import ForetellError
-from foretell.training.sources import read_records
+from foretell.training.examples import Example, Examples, candidates
+from foretell.training.records import ACCEPTED, BadRecord
+from foretell.training.sources import Place, Source, parse_sources
+from foretell.training.store import SKIPPED_FILE, Store, Writer, cache_directory
+from foretell.training.tokenise import make_examples
 
-PIECE = 200_000  # characters of a document tokenised at once: tokenisers slow down on longer strings
-MINIMUM = 3  # an anchor, the token decided there, and one label
+__all__ = ["Corpus", "Example", "Report", "candidates", "load_corpus"]
 
+FORMAT = 1  # of what is kept: a change to records or tokenisation that changes tokens must raise it
+SHOWN = 3  # bad records named in the report; all are in skipped.jsonl
+PROGRESS_SECONDS = 0.5
 
-@dataclass(frozen=True)
-class Example:
-    """ids (n,) int32 and trained (n,) bool: which tokens are learnt, the others are only read."""
-
-    ids: Tensor
-    trained: Tensor
+OnProgress = Callable[["Report"], None]
 
 
 @dataclass
 class Report:
     """What reading came to."""
 
-    records: int = 0
+    records: int = 0  # the bad ones too
     examples: int = 0
-    tokens: int = 0
-    cut: int = 0  # records longer than the sequence length
-    skipped: int = 0  # records with nothing to train on
+    tokens: int = 0  # in the examples
+    trained: int = 0  # tokens that are learnt
+    split: int = 0  # texts longer than a sequence, continued in the next: nothing is lost
+    truncated: int = 0  # records with answers, longer than a sequence
+    lost: int = 0  # tokens cut off them
+    bad: int = 0  # records that can't be used
+    first_bad: list[str] = field(default_factory=list)  # place and reason
+
+    def __add__(self, other: Report) -> Report:
+        sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)}
+        return Report(**{**sums, "first_bad": sums["first_bad"][:SHOWN]})
+
+    def skip(self, place: Place, reason: str) -> None:
+        self.bad += 1
+        if len(self.first_bad) < SHOWN:
+            self.first_bad.append(f"{place}: {reason}")
 
     def __str__(self) -> str:
-        text = f"{self.records} records, {self.examples} sequences, {self.tokens} tokens"
-        if self.cut:
-            text += f"; {self.cut} records were longer than a sequence and cut"
-        if self.skipped:
-            text += f"; {self.skipped} had nothing to train on"
-        return text
+        """One line, then one for each of the first bad records."""
+        text = f"{self.records} records, {self.examples} sequences, {self.tokens} tokens ({self.trained} trained)"
+        if self.split:
+            text += f"; {self.split} long texts split"
+        if self.truncated:
+            text += f"; {self.truncated} records truncated, {self.lost} tokens lost"
+        if self.bad:
+            text += f"; {self.bad} bad records skipped"
+        more = self.bad - len(self.first_bad)
+        lines = [text, *(f"  {line}" for line in self.first_bad)]
+        return "\n".join([*lines, f"  and {more} more"] if self.first_bad and more else lines)
 
 
 @dataclass
 class Corpus:
-    """Tokenised examples with a fingerprint of all their ids."""
+    """Tokenised examples of all sources, what reading came to, and a fingerprint of ids, masks and weights."""
 
-    examples: list[Example]
-    report: Report
-    fingerprint: str = field(default="")
+    sources: list[Source]
+    stores: list[Store]
 
     def __post_init__(self) -> None:
-        digest = hashlib.sha256()
-        for example in self.examples:
-            digest.update(example.ids.numpy().tobytes())
-            digest.update(example.trained.numpy().tobytes())
-        self.fingerprint = digest.hexdigest()
+        self.examples = Examples([store.part(s.weight) for s, store in zip(self.sources, self.stores, strict=True)])
+        self.reports = [Report(**store.about["report"]) for store in self.stores]
+        self.report = sum(self.reports[1:], self.reports[0])
+        known = [[store.about["fingerprint"], s.weight] for s, store in zip(self.sources, self.stores, strict=True)]
+        self.fingerprint = hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
+    def __str__(self) -> str:
+        """ "a.jsonl:2 b:1"."""
+        return " ".join(map(str, self.sources))
+
+    def describe(self) -> list[dict[str, Any]]:
+        """For provenance: every source with its weight, its share of what is drawn, and its report."""
+        draws = self.examples.draws()
+        return [
+            {"source": str(source), "weight": source.weight, "share": round(count / sum(draws), 4), **vars(report)}
+            for source, count, report in zip(self.sources, draws, self.reports, strict=True)
+        ]
+
+    def write_skipped(self, path: Path) -> None:
+        """All bad records, one JSON object with file, line and reason each; nothing is written if there are none."""
+        if self.report.bad:
+            with path.open("wb") as out:
+                for store in self.stores:
+                    with (store.directory / SKIPPED_FILE).open("rb") as file:
+                        shutil.copyfileobj(file, out)
 
 
-def load_corpus(source: str | Path, tokenizer: Any, seq_len: int) -> Corpus:
-    """Everything in `source`, tokenised into examples of at most `seq_len` tokens.
+def load_corpus(
+    data: str | Path | Sequence[str | Path], tokenizer: Any, seq_len: int, on_progress: OnProgress | None = None
+) -> Corpus:
+    """Everything in `data`, a source or several as "source[:weight]", in examples of at most `seq_len` tokens.
 
-    Texts longer than that become several examples; conversations are cut off. Raises ForetellError if the source is
-    missing, malformed or empty, and if the tokenizer can't render conversations.
+    Texts longer than that become several examples; conversations are cut off. The tokens are kept in
+    `cache_directory()` and mapped into memory from there, so that any amount of data does, and the next training on the
+    same data begins at once. Bad records are left out, counted and named in the report. `on_progress` gets the report
+    so far about twice a second.
+
+    Raises ForetellError if a source is missing or holds nothing to train on, and if the tokenizer can't render
+    conversations.
     """
     if tokenizer is None:
         raise ForetellError(
             "the base has no tokenizer beside it, so text can't be trained on; put its tokenizer files there"
         )
-    report, examples = Report(), []
-    for record in read_records(source):
-        report.records += 1
-        made = text_examples(record, tokenizer, seq_len) if isinstance(record, str) else []
-        whole = len(made) == 1
-        if not isinstance(record, str):
-            example = conversation_example(record, tokenizer)
-            whole = len(example.ids) <= seq_len
-            made = [Example(example.ids[:seq_len], example.trained[:seq_len])]
-        made = [example for example in made if candidates(example.trained).any()]
-        report.cut += bool(made) and not whole
-        report.skipped += not made
-        examples += made
-    report.examples, report.tokens = len(examples), sum(len(example.ids) for example in examples)
-    if not examples:
-        what = "no record with anything to train on" if report.records else "no text"
-        raise ForetellError(
-            f"{source} holds {what}; give texts of at least {MINIMUM} tokens, or conversations with answers"
-        )
-    return Corpus(examples, report)
+    sources = parse_sources(data)
+    key = _tokenizer_key(tokenizer)
+    return Corpus(sources, [_load(source, tokenizer, key, seq_len, on_progress) for source in sources])
 
 
-def candidates(trained: Tensor) -> Tensor:
-    """trained (..., n) bool -> (..., n) bool: positions after which a block has at least one label.
-
-    The token decided there and the next one must be trained: the last prompt token counts, the others do not.
-    """
-    found = torch.zeros_like(trained)
-    found[..., :-2] = trained[..., 1:-1] & trained[..., 2:]
-    return found
-
-
-def text_examples(text: str, tokenizer: Any, seq_len: int) -> list[Example]:
-    """A document with an end token behind it, in pieces of at most `seq_len` tokens."""
-    ids: list[int] = []
-    for piece in _pieces(text):
-        # What the tokenizer puts in front by itself (a begin token) belongs in front of the first piece only.
-        ids += tokenizer(piece, add_special_tokens=not ids, verbose=False)["input_ids"]
-    if not ids:
-        return []
-    end = tokenizer.eos_token_id
-    if end is not None and ids[-1] != end:
-        ids.append(end)
-    parts = torch.tensor(ids, dtype=torch.int32).split(seq_len)
-    return [Example(part.clone(), torch.ones(len(part), dtype=torch.bool)) for part in parts if len(part) >= MINIMUM]
-
-
-def conversation_example(messages: list[dict[str, str]], tokenizer: Any) -> Example:
-    """A conversation in the base's chat template; only the assistant's answers are trained.
-
-    Answers are found by the template's {% generation %} marks or, without them, by rendering the conversation up to and
-    after each answer. Raises ForetellError if there is no chat template or it refuses the conversation.
-    """
-    template = getattr(tokenizer, "chat_template", None)
-    if not template:
-        raise ForetellError('the base has no chat template, so give records with a "text" field, already rendered')
-    try:
-        if isinstance(template, str) and "{% generation %}" in template.replace("{%-", "{%").replace("-%}", "%}"):
-            out = tokenizer.apply_chat_template(
-                messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-            )
-            return _example(out["input_ids"], out["assistant_masks"])
-        ids = _render(tokenizer, messages, False)
-        trained = [False] * len(ids)
-        for turn, message in enumerate(messages):
-            if message["role"] == "assistant":
-                start = _common(ids, _render(tokenizer, messages[:turn], True))
-                end = _common(ids, _render(tokenizer, messages[: turn + 1], False))
-                trained[start:end] = [True] * (end - start)
-    except ForetellError:
-        raise
-    except Exception as error:  # templates raise whatever their authors chose
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ForetellError(
-            f"the base's chat template refuses a conversation ({reason}); mend the record or its roles"
-        ) from error
-    return _example(ids, trained)
+def _load(source: Source, tokenizer: Any, key: str, seq_len: int, on_progress: OnProgress | None) -> Store:
+    known = json.dumps([FORMAT, seq_len, key, source.stamp()])
+    directory = cache_directory() / hashlib.sha256(known.encode()).hexdigest()[:32]
+    if (store := Store.find(directory)) is not None:
+        return store
+    report, digest, told = Report(), hashlib.sha256(), time.monotonic()
+    with Writer(directory) as writer:
+        for place, record in source.records():
+            report.records += 1
+            try:
+                if isinstance(record, BadRecord):
+                    raise record
+                made = make_examples(record, tokenizer, seq_len)
+            except BadRecord as bad:
+                report.skip(place, str(bad))
+                writer.skip({"file": place.file, place.unit: place.number, "reason": str(bad)})
+                continue
+            for example in made.examples:
+                writer.add(example)
+                report.tokens += len(example.ids)
+                report.trained += int(example.trained.sum())
+                digest.update(len(example.ids).to_bytes(8, "little"))
+                for tensor in (example.ids, example.trained):
+                    digest.update(tensor.numpy().tobytes())
+            report.examples += len(made.examples)
+            report.split += len(made.examples) > 1
+            report.truncated += made.lost > 0
+            report.lost += made.lost
+            if on_progress is not None and time.monotonic() - told > PROGRESS_SECONDS:
+                on_progress(report)
+                told = time.monotonic()
+        if not report.examples:
+            raise ForetellError(_nothing(source, report))
+        return writer.finish({"report": vars(report), "fingerprint": digest.hexdigest(), "source": str(source)})
 
 
-def _example(ids: list[int], trained: list[Any]) -> Example:
-    return Example(torch.tensor(ids, dtype=torch.int32), torch.tensor(trained, dtype=torch.bool))
+def _nothing(source: Source, report: Report) -> str:
+    if not report.bad:
+        return f"{source.name} holds no text; give records like {ACCEPTED}"
+    all_bad = "its one record is bad" if report.bad == 1 else f"all {report.bad} records are bad, the first"
+    return f"{source.name} holds nothing to train on: {all_bad}: {report.first_bad[0]}"
 
 
-def _render(tokenizer: Any, messages: list[dict[str, str]], prompt: bool) -> list[int]:
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def _common(left: list[int], right: list[int]) -> int:
-    """Length of the common prefix: tokens may merge differently at the seam of two turns."""
-    length = 0
-    for a, b in zip(left, right, strict=False):
-        if a != b:
-            break
-        length += 1
-    return length
-
-
-def _pieces(text: str) -> Iterator[str]:
-    start = 0
-    while start < len(text):
-        end = len(text) if len(text) - start <= PIECE else max(text.rfind("\n", start, start + PIECE), start) + 1
-        if end == start + 1:  # no line break within reach
-            end = min(start + PIECE, len(text))
-        yield text[start:end]
-        start = end
+def _tokenizer_key(tokenizer: Any) -> str:
+    """Changes with anything that changes ids: vocabulary, rules, special tokens, chat template."""
+    rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab())
+    rest = [tokenizer.chat_template, {name: str(token) for name, token in tokenizer.special_tokens_map.items()}]
+    digest = hashlib.sha256(rules.encode("utf-8", "backslashreplace"))
+    digest.update(json.dumps([type(tokenizer).__name__, rest], default=str).encode())
+    return digest.hexdigest()

@@ -22,8 +22,8 @@ class Display:
         self.console = console or Console(stderr=True)
         self.latest: dict[str, Any] = {}
         self._progress = Progress(
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
-            TimeRemainingColumn(), console=self.console,
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("left"), TimeRemainingColumn(), console=self.console,
         )  # fmt: skip
         self._task = self._progress.add_task("training", total=steps)
         self._live: Live | None = None
@@ -40,7 +40,10 @@ class Display:
             self._live.__exit__(kind, error, trace)
 
     def __call__(self, line: dict[str, Any]) -> None:
-        if "data" in line:
+        if "reading" in line:
+            self._progress.update(self._task, description=f"reading, {line['reading']:,} records")
+        elif "data" in line:
+            self._progress.update(self._task, description="training")
             self.console.print(line["data"], highlight=False, markup=False)
         self.latest |= line
         self._progress.update(self._task, completed=line["step"], total=line["steps"])

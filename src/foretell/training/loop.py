@@ -28,13 +28,15 @@ from foretell.model import MTPModel
 from foretell.training.batches import Batch, Batches, split
 from foretell.training.best import Best
 from foretell.training.curves import METRICS_FILE, draw, milestones, picture_path, read_run
-from foretell.training.data import Corpus, load_corpus
+from foretell.training.data import Corpus, Report, load_corpus
 from foretell.training.held_out import MOST, HeldOut
 from foretell.training.losses import ntp_loss
 from foretell.training.metrics import agreement
+from foretell.training.packing import packed
 from foretell.training.sharding import shard_base
 from foretell.training.state import DIRECTORY, find_state, restore, save_state, settings
 from foretell.training.step import Latents, Stepper, latent_variance, learning_rate
+from foretell.training.store import SKIPPED_FILE
 from foretell.training.tracking import check_installed, scalars, trackers
 
 DRAWN_FROM = 10  # measurements: a table says fewer as well, and drawing takes a second
@@ -46,7 +48,7 @@ OnStep = Callable[[dict[str, Any]], None]
 
 def train(
     base: str,
-    data: str | Path,
+    data: str | Path | Sequence[str | Path],
     output: str | Path,
     mtp: MTPConfig | None = None,
     config: TrainConfig | None = None,
@@ -59,10 +61,13 @@ def train(
 ) -> MTPModel:
     """Trains an adapter for `base` on `data` and leaves it in `output`, ready for `foretell.load`.
 
+    `data` is a file, a directory, a Hub data set or several of them as "source[:weight]" (`load_corpus`); records that
+    can't be used are named in `output/skipped.jsonl`.
     `output/metrics.jsonl` gets a line every `log_every` steps; `output/checkpoint` lets `resume=True` go on to the same
-    bits. `on_step` is called before the first step with {"step", "steps", "data"}, after every step with the first
-    two, and on logged steps with all metrics. With `keep_best` the model returned and saved is that of the best step
-    on held-out text; its provenance says which, as `kept_step`.
+    bits. `on_step` is called with {"step", "steps", "reading"} while long data are read, before the first step with
+    {"step", "steps", "data"}, after every step with the first two, and on logged steps with all metrics. With
+    `keep_best` the model returned and saved is that of the best step on held-out text; its provenance says which, as
+    `kept_step`.
     `init` is a trained model of the same settings whose weights to start from.
     Ctrl-C and SIGTERM finish the step, save a checkpoint and raise KeyboardInterrupt.
 
@@ -88,11 +93,15 @@ def train(
         checkpoint.load_weights(model, checkpoint.local_directory(init) / checkpoint.WEIGHTS_FILE)
     if sharded:
         shard_base(model, place)
-    corpus = load_corpus(data, model.tokenizer, config.seq_len)
-    held_out = load_corpus(config.held_out, model.tokenizer, config.seq_len) if config.held_out else None
-    training = Training(model, corpus, output, config, place, on_step, held_out)
-    training.source = Path(data).name if Path(data).exists() else str(data)
-    return training.run(state)
+
+    def reading(report: Report) -> None:
+        if on_step is not None and place.is_main_process:
+            on_step({"step": 0, "steps": config.steps, "reading": report.records})
+
+    with place.local_main_process_first():  # the others find the tokens there
+        corpus = load_corpus(data, model.tokenizer, config.seq_len, reading)
+        held_out = load_corpus(config.held_out, model.tokenizer, config.seq_len) if config.held_out else None
+    return Training(model, corpus, output, config, place, on_step, held_out).run(state)
 
 
 def check_output(output: Path, resume: bool) -> dict[str, Any] | None:
@@ -131,9 +140,10 @@ class Training:
     ) -> None:
         self.model, self.corpus, self.output, self.config, self.place = model, corpus, output, config, place
         self.on_step = on_step if on_step and place.is_main_process else lambda line: None
-        self.source = ""
         examples, rest = (corpus.examples, held_out.examples) if held_out else split(corpus.examples, config.seed)
         self.held_out = HeldOut(model, rest[:MOST], config)
+        if config.packing:
+            examples = packed(examples, config.seq_len)
         sequences = config.batch_size * config.accumulation * place.num_processes
         self.batches = Batches(examples, sequences, config.anchors, config.seed, config.anchor_choice)
         scale = latent_variance(model, self.batches.micro_batches(0, 1)[:SCALE_SEQUENCES])
@@ -154,9 +164,11 @@ class Training:
             if "held" in state:
                 self.stepper.held.load(state["held"])
         self._drop_metrics_after(self.step)
+        if self.place.is_main_process:
+            self.corpus.write_skipped(self.output / SKIPPED_FILE)
         self.on_step({"step": self.step, "steps": self.config.steps, "data": str(self.corpus.report)})
         interval = Interval()
-        hyperparameters = {"base": self.model.base.name, "data": self.source, **self._settings()}
+        hyperparameters = {"base": self.model.base.name, "data": str(self.corpus), **self._settings()}
         resumed_from = None if state is None else self.step
         tracking = trackers(self.config.tracker, self.output, hyperparameters, resumed_from)
         with tracking as self.trackers, self._stop_on_signals():
@@ -260,7 +272,8 @@ class Training:
         device = self.model.base.device
         hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
         return {
-            "data": self.source,
+            "data": str(self.corpus),
+            "data_sources": self.corpus.describe(),
             "data_report": str(self.corpus.report),
             "data_fingerprint": self.corpus.fingerprint,
             "training": {**self.config.to_dict(), "held_out": held_out and Path(held_out).name},

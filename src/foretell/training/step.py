@@ -50,7 +50,7 @@ def make_plan(model: MTPModel, batch: Batch, config: TrainConfig | None = None, 
     anchors, valid, lengths, regular = batch.anchors, batch.anchor_valid, None, None
     if config is not None:
         if by_entropy(config.anchor_choice):
-            regular = regular_pass(model, batch.ids)
+            regular = regular_pass(model, batch.ids, batch.starts)
             anchors, valid = keep_by_entropy(model, regular.z, anchors, valid, config.anchors, config.anchor_choice)
         lengths = block_lengths(anchors, batch.ids, number, model.max_masks, config, model.bidirectional)
     target = targets(batch.ids, batch.trained, anchors, valid, model.max_masks, lengths)
@@ -64,10 +64,11 @@ def forward(model: MTPModel, batch: Batch, plan: Plan | None = None, checkpointi
     """
     anchors, valid, lengths, target, regular = plan or make_plan(model, batch)
     if model.adapter.gated:
-        regular = regular or regular_pass(model, batch.ids)
-        z_masks, z = mask_pass(model, anchors, regular, lengths=lengths, checkpointing=checkpointing), regular.z
+        regular = regular or regular_pass(model, batch.ids, batch.starts)
+        z_masks = mask_pass(model, anchors, regular, lengths=lengths, starts=batch.starts, checkpointing=checkpointing)
+        z = regular.z
     else:
-        z, z_masks = one_pass(model, batch.ids, anchors, lengths)
+        z, z_masks = one_pass(model, batch.ids, anchors, lengths, batch.starts)
     return Latents(z_masks, z, target, anchors, valid)
 
 
@@ -79,7 +80,7 @@ def latent_variance(model: MTPModel, batches: Sequence[Batch]) -> Tensor:
     """
     model.adapter.remove()
     placed = [batch.to(model.base.device) for batch in batches]
-    z = torch.cat([regular_pass(model, batch.ids).z[batch.real] for batch in placed])
+    z = torch.cat([regular_pass(model, batch.ids, batch.starts).z[batch.real] for batch in placed])
     if not model.adapter.gated:
         model.adapter.attach()
     return variance(z)

@@ -65,10 +65,14 @@ class Regular(NamedTuple):
 
 
 @torch.no_grad()
-def regular_pass(model: MTPModel, ids: Tensor) -> Regular:
-    """ids (B, N), padded on the right: the base's own forward with the gate closed."""
-    cache = DynamicCache()
-    z = model.base.latents(model.base.embed(ids), cache=cache)
+def regular_pass(model: MTPModel, ids: Tensor, starts: Tensor | None = None) -> Regular:
+    """ids (B, N), padded on the right: the base's own forward with the gate closed; starts (B, N) if packed."""
+    cache, positions, mask = DynamicCache(), None, None
+    if starts is not None:
+        positions = regular_positions(ids.shape[0], ids.shape[1], starts, ids.device)
+        visible = within_documents(starts)
+        mask = attention_mask(visible, positions, positions, model.base.text_config, model.base.dtype)
+    z = model.base.latents(model.base.embed(ids), positions, mask, cache)
     return Regular([(layer.keys, layer.values) for layer in cache.layers], z)
 
 
@@ -78,9 +82,10 @@ def mask_pass(
     regular: Regular,
     together: int | None = None,
     lengths: Tensor | None = None,
+    starts: Tensor | None = None,
     checkpointing: bool = False,
 ) -> Tensor:
-    """Mask rows only, with autograd: anchors (B, A) -> z (B, A, K, D).
+    """Mask rows only, with autograd: anchors (B, A) -> z (B, A, K, D); starts (B, N) if packed.
 
     Bidirectional masks see the first lengths[b] masks of their block b, lengths (B, A) int64, by default all.
     Blocks never see each other, so they are spread over batch rows with `together` of them in each: the attention of M
@@ -101,7 +106,7 @@ def mask_pass(
     parts = []
     for first in range(0, copies, step):
         group = slice(first, first + step)
-        arguments = (model, spread[:, group], regular, None if ends is None else ends[:, group], tokens)
+        arguments = (model, spread[:, group], regular, None if ends is None else ends[:, group], starts, tokens)
         if checkpointing:
             parts.append(checkpoint(_group_pass, *arguments, use_reentrant=False, preserve_rng_state=False))
         else:
@@ -109,13 +114,17 @@ def mask_pass(
     return torch.cat(parts, dim=1).reshape(batch, copies * blocks, k, -1)[:, :total]
 
 
-def _group_pass(model: MTPModel, anchors: Tensor, regular: Regular, lengths: Tensor | None, tokens: int) -> Tensor:
+def _group_pass(
+    model: MTPModel, anchors: Tensor, regular: Regular, lengths: Tensor | None, starts: Tensor | None, tokens: int
+) -> Tensor:
     """anchors and lengths (B, C, b) -> z (B, C, b * K, D): C rows of b blocks for every sequence."""
     (batch, copies, blocks), k = anchors.shape, model.max_masks
     seen = int(anchors.max()) + 1  # no mask of these sees more of the sequence
     anchors, lengths = anchors.flatten(0, 1), None if lengths is None else lengths.flatten(0, 1)
-    positions = mask_positions(anchors, k, tokens)
-    mask = mask_rows(model, anchors, positions, seen, block_ends(model, anchors, tokens, lengths))
+    if starts is not None:
+        starts = starts[:, :seen].repeat_interleave(copies, dim=0)
+    positions = mask_positions(anchors, k, tokens, starts)
+    mask = mask_rows(model, anchors, positions, seen, block_ends(model, anchors, tokens, lengths), starts)
     cache = Cache(
         layers=[FrozenLayer(keys[:, :, :seen], values[:, :, :seen], copies) for keys, values in regular.layers]
     )
@@ -138,16 +147,21 @@ def blocks_together(model: MTPModel, tokens: int) -> int:
     return min(fit, BLOCKS_TOGETHER)
 
 
-def one_pass(model: MTPModel, ids: Tensor, anchors: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Everything in one forward with autograd: ids (B, N), anchors (B, A) -> z (B, N, D) and (B, A, K, D)."""
+def one_pass(
+    model: MTPModel, ids: Tensor, anchors: Tensor, lengths: Tensor | None = None, starts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Everything in one forward with autograd: ids (B, N), anchors (B, A) -> z (B, N, D) and (B, A, K, D).
+
+    lengths (B, A) as in `mask_pass`; starts (B, N) if packed.
+    """
     (batch, tokens), blocks, k = ids.shape, anchors.shape[1], model.max_masks
-    regular = torch.arange(tokens, device=ids.device).expand(batch, -1)
-    positions = torch.cat([regular, mask_positions(anchors, k, tokens)], dim=1)
-    causal = torch.ones(tokens, tokens + blocks * k, dtype=torch.bool, device=ids.device).tril()
-    visible = torch.cat(
-        [causal.expand(batch, -1, -1), visibility(anchors, k, tokens, block_ends(model, anchors, tokens, lengths))],
-        dim=1,
-    )
+    regular = regular_positions(batch, tokens, starts, ids.device)
+    positions = torch.cat([regular, mask_positions(anchors, k, tokens, starts)], dim=1)
+    causal = torch.ones(tokens, tokens, dtype=torch.bool, device=ids.device).tril().expand(batch, -1, -1)
+    seen = causal if starts is None else within_documents(starts)
+    seen = torch.cat([seen, seen.new_zeros(batch, tokens, blocks * k)], dim=2)
+    ends = block_ends(model, anchors, tokens, lengths)
+    visible = torch.cat([seen, visibility(anchors, k, tokens, ends, starts)], dim=1)
     mask = attention_mask(visible, positions, positions, model.base.text_config, model.base.dtype)
     embeddings = torch.cat([model.base.embed(ids), mask_embeddings(model, batch, blocks)], dim=1)
     with model.adapter.open(tokens, tokens + blocks * k):
@@ -160,13 +174,26 @@ def mask_embeddings(model: MTPModel, batch: int, blocks: int) -> Tensor:
     return model.mask_vectors.to(model.base.dtype).repeat(blocks, 1).expand(batch, -1, -1)
 
 
-def mask_positions(anchors: Tensor, k: int, tokens: int) -> Tensor:
-    """(B, M) position ids: mask j after anchor i sits at i + j.
+def regular_positions(batch: int, tokens: int, starts: Tensor | None, device: torch.device) -> Tensor:
+    """(B, N) position ids of the regular tokens: those of every document of a pack begin at 0."""
+    columns = torch.arange(tokens, device=device).expand(batch, -1)
+    return columns if starts is None else columns - starts
+
+
+def within_documents(starts: Tensor) -> Tensor:
+    """starts (B, N) -> (B, N, N) bool: a token sees those up to itself of its own document."""
+    causal = torch.ones(starts.shape[1], starts.shape[1], dtype=torch.bool, device=starts.device).tril()
+    return causal & (starts[:, :, None] == starts[:, None, :])
+
+
+def mask_positions(anchors: Tensor, k: int, tokens: int, starts: Tensor | None = None) -> Tensor:
+    """(B, M) position ids: mask j after anchor i sits at i + j, counted from its document's start.
 
     Masks past the end have no label and are held at the last position, which a table of learned positions still has.
     """
     offsets = torch.arange(1, k + 1, device=anchors.device)
-    return (anchors[:, :, None] + offsets).clamp(max=tokens - 1).flatten(1)
+    own = anchors if starts is None else anchors - starts.gather(1, anchors)
+    return (own[:, :, None] + offsets).clamp(max=tokens - 1).flatten(1)
 
 
 def block_ends(model: MTPModel, anchors: Tensor, tokens: int, lengths: Tensor | None) -> Tensor | None:
@@ -180,28 +207,37 @@ def block_ends(model: MTPModel, anchors: Tensor, tokens: int, lengths: Tensor | 
     return inside if lengths is None else torch.minimum(inside, lengths)
 
 
-def visibility(anchors: Tensor, k: int, tokens: int, ends: Tensor | None = None) -> Tensor:
-    """(B, M, N + M) bool: m_j after anchor i sees regular tokens up to i and m_1..m_j of its own block.
+def visibility(
+    anchors: Tensor, k: int, tokens: int, ends: Tensor | None = None, starts: Tensor | None = None
+) -> Tensor:
+    """(B, M, N + M) bool: m_j after anchor i sees regular tokens up to i of its document and m_1..m_j of its own block.
 
     With ends (B, A) all masks up to m_ends, or to itself, as if the block held no more of them.
     """
     batch, blocks = anchors.shape
     columns = torch.arange(tokens, device=anchors.device)
-    prefix = (columns <= anchors[:, :, None]).repeat_interleave(k, dim=1)
+    prefix = columns <= anchors[:, :, None]
+    if starts is not None:
+        prefix &= columns >= starts.gather(1, anchors)[:, :, None]
     within = torch.ones(k, k, dtype=torch.bool, device=anchors.device).tril()
     own = torch.block_diag(*[within] * blocks).bool()
     if ends is not None:
         number = torch.arange(k, device=anchors.device).repeat(blocks)
         same = torch.block_diag(*[torch.ones_like(within)] * blocks).bool()
         own = own | (same & (number < ends.repeat_interleave(k, dim=1)[:, None, :]))
-    return torch.cat([prefix, own.expand(batch, -1, -1)], dim=2)
+    return torch.cat([prefix.repeat_interleave(k, dim=1), own.expand(batch, -1, -1)], dim=2)
 
 
 def mask_rows(
-    model: MTPModel, anchors: Tensor, positions: Tensor, kept: int, ends: Tensor | None = None
+    model: MTPModel,
+    anchors: Tensor,
+    positions: Tensor,
+    kept: int,
+    ends: Tensor | None = None,
+    starts: Tensor | None = None,
 ) -> AttentionMask:
     """The additive mask of the second pass over `kept` regular tokens, per layer type where the base wants it."""
-    regular = torch.arange(kept, device=anchors.device).expand(anchors.shape[0], -1)
-    visible = visibility(anchors, model.max_masks, kept, ends)
+    regular = regular_positions(anchors.shape[0], kept, starts, anchors.device)
+    visible = visibility(anchors, model.max_masks, kept, ends, starts)
     keys = torch.cat([regular, positions], dim=1)
     return attention_mask(visible, positions, keys, model.base.text_config, model.base.dtype)
