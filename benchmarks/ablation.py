@@ -34,9 +34,11 @@ from foretell.config import MTPConfig, TrainConfig
 from foretell.decoding.generate import EMBEDDED, MTPForCausalLM
 from foretell.decoding.generation import repeated_ngram_share
 from foretell.errors import ForetellError
-from foretell.training.data import Corpus, Example, Report
+from foretell.training.data import Corpus, Report
+from foretell.training.examples import Example
 from foretell.training.loop import Training
-from foretell.training.sources import read_records
+from foretell.training.sources import Source
+from foretell.training.store import Writer
 
 RECIPES = Path(__file__).with_name("ablation.yaml")
 BATCH = 32  # prompts answered side by side
@@ -154,7 +156,12 @@ def train_and_measure(base: str, data: Path, run: dict[str, Any], cache: Path) -
     model = MTPForCausalLM(load_base(name), mtp, load_tokenizer(name))
     quiet = TrainConfig.from_dict(config.to_dict() | dict.fromkeys(SELDOM, 10**9))
     with TemporaryDirectory() as output:
-        training = Training(model, Corpus(examples, Report()), Path(output), quiet, PartialState(cpu=True))
+        with Writer(Path(output) / "text") as writer:
+            for example in examples:
+                writer.add(example)
+            store = writer.finish({"report": vars(Report()), "fingerprint": ""})
+        corpus = Corpus([Source(str(data))], [store])
+        training = Training(model, corpus, Path(output), quiet, PartialState(cpu=True))
         training.run(None)
     trained = time.process_time() - start
     model.for_inference()
@@ -174,7 +181,7 @@ def tokenised(base: str, data: Path, run: dict[str, Any], seq_len: int) -> tuple
     tokenizer, wanted = load_tokenizer(base), run["texts"] + run["prompts"]
 
     def long_enough() -> Iterator[Ids]:
-        for record in read_records(data):
+        for _, record in Source(str(data)).records():
             ids = list(tokenizer(record, verbose=False)["input_ids"]) if isinstance(record, str) else []
             if len(ids) >= run["prompt_tokens"] + 8:
                 yield ids[:seq_len]

@@ -45,11 +45,12 @@ def gradients(
     return {name: float(value.detach()) for name, value in losses.items()}, found
 
 
-@pytest.mark.parametrize("adapter", ["gated", "standard"])
+@pytest.mark.parametrize("adapter", ["gated", "standard", "bidirectional"])
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3", "gpt2", "llama4"])
 def test_a_pack_has_the_losses_and_gradients_of_its_records(kind: str, adapter: str) -> None:
     """Windows of 16 are shorter than the pack; one row is padded as well."""
-    model = tiny_model(kind, masks=3, adapter=adapter)
+    settings = {"mask_attention": adapter} if adapter == "bidirectional" else {"adapter": adapter}
+    model = tiny_model(kind, masks=3, **settings)
     for parameter in model.own_parameters().values():
         parameter.requires_grad_()
     config = TrainConfig(seq_len=64)

@@ -41,6 +41,7 @@ BEFORE = {
     "offset_decay": TrainConfig().offset_decay,  # without effect
     "anchor_choice": "random",
     "masks_warmup": 0,
+    "packing": False,
     "quantise": "none",
 }
 
