@@ -41,4 +41,4 @@ def one_arithmetic(lm: nn.Module) -> None:
     """
     for module in lm.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
