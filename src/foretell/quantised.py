@@ -41,4 +41,4 @@ def one_arithmetic(lm: nn.Module) -> None:
     """
     for module in lm.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]

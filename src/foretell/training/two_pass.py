@@ -20,7 +20,8 @@ from foretell.errors import ForetellError
 from foretell.model import MTPModel
 
 BLOCKS_TOGETHER = 16
-MASKS_AT_ONCE = 256  # where there are as many: fewer leave the machine idle, more see keys that most do not need
+MASKS_AT_ONCE = 1024  # where there are as many: fewer leave the machine idle
+CHECKPOINTED_AT_ONCE = 256  # whose activations are then all that is held
 
 
 class FrozenLayer(CacheLayerMixin):
@@ -102,7 +103,8 @@ def mask_pass(
         for rows in (anchors, lengths)
     )
     assert spread is not None
-    step = max(1, MASKS_AT_ONCE // (batch * blocks * k))
+    at_once = CHECKPOINTED_AT_ONCE if checkpointing else MASKS_AT_ONCE
+    step = max(1, at_once // (batch * blocks * k))
     parts = []
     for first in range(0, copies, step):
         group = slice(first, first + step)
