@@ -129,7 +129,7 @@ def configs(settings: dict[str, Any], **more: Any) -> tuple[MTPConfig, TrainConf
 
 def same_run(done: dict[str, Any], run: dict[str, Any]) -> bool:
     """Settings that came after a run was made are taken to be what it had."""
-    before, now = done["settings"], run["settings"]
+    before, now = done["settings"], json.loads(json.dumps(run["settings"]))  # where a tuple is a list
     alike = all(before[key] == now[key] for key in before.keys() & now.keys())
     return alike and all(done.get(key) == value for key, value in run.items() if key != "settings")
 
