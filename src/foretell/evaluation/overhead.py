@@ -21,6 +21,7 @@ from foretell.errors import ForetellError
 from foretell.evaluation.step_cost import StepBench, alternate, now
 from foretell.layout import quadratic
 from foretell.model import MTPModel, step_attention
+from foretell.packed import PackedLinear
 
 FORWARD, UNEMBED, DRAFT = "forward", "unembed", "draft"
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -224,11 +225,14 @@ def memory(model: MTPModel, columns: int, peak: list[int]) -> Memory | None:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     size = model.base.dtype.itemsize
+    base = model.base.parameter_count * size
+    packed = sum(m.in_features * m.out_features for m in model.base.modules() if isinstance(m, PackedLinear)) * size
+    held = sum(p.numel() * p.element_size() for p in model.base.parameters()) + packed
     return Memory(
-        base=sum(p.numel() * p.element_size() for p in model.base.parameters()),
+        base=base,
         adapter=sum(p.numel() * p.element_size() for p in model.own_parameters().values()),
         cache=2 * config.num_hidden_layers * heads * width * columns * size,
-        working=peak[0],
+        working=peak[0] + max(0, held - base),  # packed, an unembedding is there twice
     )
 
 
