@@ -31,6 +31,12 @@ class Batch(NamedTuple):
     anchor_valid: Tensor  # (B, A) bool: false where a row had too few positions to choose from
     starts: Tensor | None = None  # (B, N) int64 if packed: the column at which each token's document begins
 
+    def ends(self, columns: Tensor) -> Tensor:
+        """columns (B, A) int64 -> (B, A): the column behind the last of the document that each lies in."""
+        if self.starts is None:
+            return self.real.sum(1, keepdim=True).expand_as(columns)
+        return (self.starts[:, None, :] <= columns[:, :, None]).sum(-1)
+
     def to(self, device: torch.device) -> Batch:
         return Batch(*(None if tensor is None else tensor.to(device) for tensor in self))  # type: ignore[arg-type]
 

@@ -53,6 +53,9 @@ def make_plan(model: MTPModel, batch: Batch, config: TrainConfig | None = None, 
             regular = regular_pass(model, batch.ids, batch.starts)
             anchors, valid = keep_by_entropy(model, regular.z, anchors, valid, config.anchors, config.anchor_choice)
         lengths = block_lengths(anchors, batch.ids, number, model.max_masks, config, model.bidirectional)
+    if model.bidirectional:
+        inside = (batch.ends(anchors) - 1 - anchors).clamp(1, model.max_masks)
+        lengths = inside if lengths is None else torch.minimum(inside, lengths)
     target = targets(batch.ids, batch.trained, anchors, valid, model.max_masks, lengths)
     return Plan(anchors, valid, lengths, target, regular)
 

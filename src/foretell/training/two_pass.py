@@ -125,7 +125,7 @@ def _group_pass(
     anchors, lengths = anchors.flatten(0, 1), None if lengths is None else lengths.flatten(0, 1)
     if starts is not None:
         starts = starts.repeat_interleave(copies, dim=0)
-    positions, ends = mask_positions(anchors, k, tokens, starts), block_ends(model, anchors, tokens, lengths, starts)
+    positions, ends = mask_positions(anchors, k, tokens, starts), block_ends(model, anchors, tokens, lengths)
     mask = mask_rows(model, anchors, positions, seen, ends, None if starts is None else starts[:, :seen])
     cache = Cache(
         layers=[FrozenLayer(keys[:, :, :seen], values[:, :, :seen], copies) for keys, values in regular.layers]
@@ -162,7 +162,7 @@ def one_pass(
     causal = torch.ones(tokens, tokens, dtype=torch.bool, device=ids.device).tril().expand(batch, -1, -1)
     seen = causal if starts is None else within_documents(starts)
     seen = torch.cat([seen, seen.new_zeros(batch, tokens, blocks * k)], dim=2)
-    ends = block_ends(model, anchors, tokens, lengths, starts)
+    ends = block_ends(model, anchors, tokens, lengths)
     visible = torch.cat([seen, visibility(anchors, k, tokens, ends, starts)], dim=1)
     mask = attention_mask(visible, positions, positions, model.base.text_config, model.base.dtype)
     embeddings = torch.cat([model.base.embed(ids), mask_embeddings(model, batch, blocks)], dim=1)
@@ -198,17 +198,14 @@ def mask_positions(anchors: Tensor, k: int, tokens: int, starts: Tensor | None =
     return (own[:, :, None] + offsets).clamp(max=tokens - 1).flatten(1)
 
 
-def block_ends(
-    model: MTPModel, anchors: Tensor, tokens: int, lengths: Tensor | None, starts: Tensor | None = None
-) -> Tensor | None:
+def block_ends(model: MTPModel, anchors: Tensor, tokens: int, lengths: Tensor | None) -> Tensor | None:
     """(B, A): how many masks of a block see each other; None if attention is causal, each seeing those up to itself.
 
-    Masks past the end of their document are left out, as in decoding: they are not where they ought to be.
+    Masks past the last column are left out, as in decoding: they are not where they ought to be.
     """
     if not model.bidirectional:
         return None
-    end = tokens if starts is None else (starts[:, None, :] <= anchors[:, :, None]).sum(-1)
-    inside = (end - 1 - anchors).clamp(1, model.max_masks)
+    inside = (tokens - 1 - anchors).clamp(1, model.max_masks)
     return inside if lengths is None else torch.minimum(inside, lengths)
 
 
