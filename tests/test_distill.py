@@ -273,6 +273,7 @@ def test_ctrl_c_says_where_to_go_on(
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(Journal, "add", pressed)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job is born deaf to it
     options = ["distill", "--base", str(saved.parent / "base"), "--prompts", str(prompts), "--max-new-tokens", "5"]
     assert cli.main([*options, "--output", str(tmp_path / "a.jsonl")]) == 130
     out, err = capsys.readouterr()

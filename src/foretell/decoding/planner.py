@@ -98,6 +98,7 @@ class Planner:
     def begin_text(self) -> None:
         """A new text may be of another kind: plan anew, and try masks at once if plain decoding seems best."""
         self._until_solution = self._solutions = 0
+        self._solve_every = SOLVE_EVERY[0]
         self._without_masks = self._probe_every = PROBE_EVERY[0]
 
     def _probe(self, more: int) -> bool:
