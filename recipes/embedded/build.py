@@ -26,6 +26,7 @@ import torch
 import foretell
 from foretell import checkpoint, cli
 
+MIXTURE = {"answers_code": 6, "answers_problems": 3, "code": 1}
 ADAPTER_SETTINGS = Path(__file__).with_name("adapter.yaml")
 ASSETS = Path(foretell.__file__).parent / "assets"
 
@@ -103,17 +104,17 @@ def answers_stage(settings: Settings) -> None:
     answers.write_answers(settings.base, settings.folder / "adapter_data")
 
 
-def train_adapter(settings: Settings, data: Path, output: Path, *more: str) -> None:
+def train_adapter(settings: Settings, data: list[str], output: Path, *more: str) -> None:
     """`foretell train`, going on where it was interrupted."""
     resume = ["--resume"] if (output / "checkpoint").exists() else []
-    command = ["train", "--base", str(settings.base), "--data", str(data), "--output", str(output)]
+    command = ["train", "--base", str(settings.base), "--data", *data, "--output", str(output)]
     if code := cli.main([*command, "--config", str(ADAPTER_SETTINGS), *more, *resume]):
         sys.exit(code)
 
 
 def adapter_stage(settings: Settings) -> None:
     """The adapter, on problems and code."""
-    train_adapter(settings, settings.folder / "adapter_data", settings.folder / "adapter_first")
+    train_adapter(settings, [str(settings.folder / "adapter_data")], settings.folder / "adapter_first")
 
 
 def code_stage(settings: Settings) -> None:
@@ -124,7 +125,16 @@ def code_stage(settings: Settings) -> None:
     some = (whole / "answers_problems.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:500]
     (data / "answers_problems.jsonl").write_text("".join(some), encoding="utf-8")
     first = str(settings.folder / "adapter_first")
-    train_adapter(settings, data, settings.adapter, "--init", first, "--steps", "560", "--lr", "1.5e-3")
+    output = settings.folder / "adapter_second"
+    train_adapter(settings, [str(data)], output, "--init", first, "--steps", "560", "--lr", "1.5e-3")
+
+
+def mixed_stage(settings: Settings) -> None:
+    """And once more on what it will have to foresee: the base's own answers, and a little code that people wrote."""
+    whole = settings.folder / "adapter_data"
+    data = [f"{whole / name}.jsonl:{weight}" for name, weight in MIXTURE.items()]
+    second = str(settings.folder / "adapter_second")
+    train_adapter(settings, data, settings.adapter, "--init", second, "--steps", "600", "--lr", "1.5e-3")
 
 
 def install_stage(settings: Settings) -> None:
@@ -148,6 +158,7 @@ STAGES: tuple[tuple[str, Callable[[Settings], None]], ...] = (
     ("answers", answers_stage),
     ("adapter", adapter_stage),
     ("code", code_stage),
+    ("mixed", mixed_stage),
     ("install", install_stage),
 )
 
