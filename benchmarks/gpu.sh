@@ -32,6 +32,7 @@ within 240 "$PYTHON" benchmarks/replay.py --shape 8B --device cuda --profile gsm
   --output "$RESULTS/replay_8B_cuda.json"
 # The embedded model as far as time is left: too small to gain much on a GPU, but its outputs are compared there.
 for dtype in bfloat16 float32; do
+  rm -f "$RESULTS/gpu-$dtype.json" # bench overwrites no report
   within 90 "$PYTHON" -m foretell bench ${MODEL:+--model "$MODEL"} --device cuda --dtype "$dtype" --rounds 3 --limit 2 --masks 3,8 --prompt-lookup '' \
     --output "$RESULTS/gpu-$dtype.json"
 done
