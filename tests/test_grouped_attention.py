@@ -30,6 +30,17 @@ def test_as_transformers_own(groups: int, masks: int) -> None:
     assert not torch.allclose(found, grouped_attention(module, query, key, value, mask * 0, scaling=0.3)[0])
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_without_a_mask(rows: int) -> None:
+    """One row sees all columns; several go to transformers' causal attention."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 6, rows, 8), torch.randn(2, 2, 7, 8), torch.randn(2, 2, 7, 8)
+    module = SimpleNamespace(num_key_value_groups=3, is_causal=True)
+    expected, _ = sdpa_attention_forward(module, query, key, value, None, scaling=0.3)
+    found, _ = grouped_attention(module, query, key, value, None, scaling=0.3)
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("name", [name for name in CONFIGS if can_group(tiny_lm(name))])
 def test_a_step_of_every_base_with_groups(name: str) -> None:
     base = Base(tiny_lm(name))

@@ -1,6 +1,8 @@
 """Packed linears: the same products, the same text, less time; and a base that stays as it is where none was asked."""
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from foretell.base import Base
 from foretell.config import STRATEGIES, MTPConfig
 from foretell.decoding.generate import MTPForCausalLM
 from foretell.errors import ForetellError
+from foretell.gated_lora import GatedLoRA, LowRank, Target
 from foretell.packed import PackedLinear, pack, why_not
 
 from .decoded import decode
@@ -113,3 +116,26 @@ def test_wrong_products_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PackedLinear, "forward", lambda self, x: x.new_zeros((*x.shape[:-1], self.out_features)))
     with pytest.raises(ForetellError, match="changed the logits"):
         Base(tiny_lm("llama")).pack(lambda: tiny_lm("llama"))
+
+
+@pytest.mark.parametrize("rank", [16, 80])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_adapter_agrees_with_the_plain_one(rank: int, dtype: torch.dtype) -> None:
+    """One sequence goes through packed matrices where they pay, several through plain ones: the reference."""
+    torch.manual_seed(2)
+    linear = nn.Linear(960, 1000).to(dtype).requires_grad_(False)
+    adapters = GatedLoRA({"linear": Target(linear, 960, 1000)}, rank, alpha=rank)
+    for low_rank in cast(Iterable[LowRank], adapters.adapters.values()):
+        nn.init.normal_(low_rank.b, std=0.05)
+    adapters.to(dtype).requires_grad_(False)
+    assert (low_rank.packed() is None) == (dtype == torch.float32 and rank == 16)
+    x = torch.randn(2, 5, 960, dtype=dtype)
+    with torch.inference_mode(), adapters.open(regular=2, width=5):
+        together, alone = linear(x), torch.cat([linear(x[:1]), linear(x[1:])])
+    assert torch.equal(alone[:, :2], torch.nn.functional.linear(x, linear.weight, linear.bias)[:, :2])
+    assert not torch.equal(alone[:, 2:], torch.nn.functional.linear(x, linear.weight, linear.bias)[:, 2:])
+    torch.testing.assert_close(alone, together, atol=0.02 if dtype == torch.bfloat16 else 1e-4, rtol=0.02)
+
+
+def test_adapter_that_is_trained_is_never_packed() -> None:
+    assert LowRank(1000, 1000, rank=128, scale=1.0).packed() is None

@@ -110,7 +110,8 @@ class Base(nn.Module):
         cache: Cache | None = None,
     ) -> Tensor:
         """(B, Q, E) -> z (B, Q, D), after the final norm. Without a mask: causal over what is cached."""
-        with grouped(self.text_config) if self._groups and mask is not None else nullcontext():
+        step = mask is not None or embeddings.shape[1] == 1
+        with grouped(self.text_config) if self._groups and step else nullcontext():
             out = self.decoder(
                 inputs_embeds=embeddings,
                 position_ids=positions,

@@ -18,7 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
+from foretell import packed
 from foretell.errors import ForetellError
+
+WORTH_PACKING = 2**16  # numbers of an fp32 matrix; below, a packed product's call costs more than it saves
 
 
 class LowRank(nn.Module):
@@ -41,6 +44,14 @@ class LowRank(nn.Module):
             out[0].addmm_(x[0] @ a, b, alpha=self.scale)
         else:
             out.add_((x.flatten(0, 1) @ a @ b).view(out.shape), alpha=self.scale)
+
+    def packed(self) -> tuple[Tensor, Tensor] | None:
+        """A and B for `packed.product`, once no more is trained and where that is faster (docs/experiments.md)."""
+        a, b = self.a, self.b
+        if a.requires_grad or packed.why_not(a.device, a.dtype):
+            return None
+        small = a.dtype == torch.float32 and a.numel() + b.numel() < 2 * WORTH_PACKING
+        return None if small else (packed.reorder(a), packed.reorder(b))
 
 
 class Target(NamedTuple):
@@ -78,6 +89,7 @@ class GatedLoRA(nn.Module):
 
     def _hook(self, adapter: LowRank) -> Any:
         a, b, scale = adapter.a.detach().t(), adapter.b.detach().t(), adapter.scale
+        blocks = adapter.packed()
 
         def add_low_rank(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             regular = self._regular
@@ -87,7 +99,11 @@ class GatedLoRA(nn.Module):
             # Decoding one sequence, as `_adapt` does it, in as little Python as can be: every linear of every step.
             alone = self.gated and regular and x.ndim == 3 and x.shape[:2] == (1, self._width)
             if alone and isinstance(output, Tensor) and x.dtype == a.dtype and not torch.is_grad_enabled():
-                output[0, regular:].addmm_(x[0, regular:] @ a, b, alpha=scale)
+                if blocks is None:
+                    output[0, regular:].addmm_(x[0, regular:] @ a, b, alpha=scale)
+                else:
+                    narrow = packed.product(x[0, regular:], blocks[0])
+                    output[0, regular:].add_(packed.product(narrow, blocks[1]), alpha=scale)
                 return None
             if isinstance(output, tuple):  # a mixture may return its router's scores too
                 return self._adapt(adapter, args[0], output[0]), *output[1:]

@@ -1,8 +1,9 @@
-"""Attention of a step under a mask, for bases whose query heads share keys and values in groups.
+"""Attention of a step, for bases whose query heads share keys and values in groups.
 
 transformers copies keys and values once per query head of a group, in every layer, as soon as there is a mask and more
-than one row. Instead the group's heads are put one below the other, as if they were rows of one head: nothing of the
-past is copied, and every head still sees what it saw.
+than one row; without a mask it asks PyTorch to share them, which on a CPU in bf16 takes longer than copying. Instead the
+group's heads are put one below the other, as if they were rows of one head: nothing of the past is copied, and every
+head still sees what it saw.
 """
 
 from __future__ import annotations
@@ -32,17 +33,21 @@ def grouped_attention(
 ) -> tuple[Tensor, None]:
     """query (B, H, Q, D_head), key, value (B, H_kv, S, D_head), additive mask (B or 1, 1, Q, S) -> (B, Q, H, D_head).
 
-    What is beyond that (no mask, one per head, a position bias) goes to transformers' own sdpa attention.
+    A single row needs no mask. What is beyond that (many rows without a mask, one per head, a position bias) goes to
+    transformers' own sdpa attention.
     """
     batch, heads, rows, size = query.shape
     groups = heads // key.shape[1]
     biased = any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "cache"))
-    if groups == 1 or biased or attention_mask is None or attention_mask.shape[1] != 1:
+    apart = rows > 1 if attention_mask is None else attention_mask.shape[1] != 1
+    if groups == 1 or biased or apart:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     stacked = query.reshape(batch, -1, groups * rows, size)
-    mask = attention_mask.expand(-1, groups, -1, -1).reshape(len(attention_mask), 1, groups * rows, -1)
+    mask = attention_mask
+    if mask is not None:
+        mask = mask.expand(-1, groups, -1, -1).reshape(len(mask), 1, groups * rows, -1)
     out = F.scaled_dot_product_attention(stacked, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
     return out.view(batch, heads, rows, -1).transpose(1, 2).contiguous(), None
 

@@ -28,6 +28,16 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def reorder(weight: Tensor) -> Tensor:
+    """A copy of weight (d_out, d_in) in oneDNN's blocks, for `product`."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
+
+
+def product(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., d_in) -> x W^T + bias (..., d_out) for W as `reorder` made it."""
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
 class PackedLinear(nn.Module):
     """x (..., d_in) -> x W^T + bias (..., d_out), forward only; instead of an nn.Linear or GPT-2's Conv1D.
 
@@ -38,7 +48,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         # A plain attribute: state dicts and `.to()` know no packed tensors.
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
+        self.packed = reorder(weight)
         self.bias, self.kept = bias, keep
 
     @property
@@ -49,7 +59,7 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
             raise ForetellError("a base with packed linears can't be trained through; load it with packed=False")
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return product(x, self.packed, self.bias)
 
 
 def pack(module: nn.Module, kept: nn.Module | None = None) -> None:

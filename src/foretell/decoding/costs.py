@@ -195,7 +195,7 @@ def _step(model: MTPModel, config: DecodeConfig, layout: Layout, cache: StaticCa
     latents = model.step(ids, [layout] * batch, cache, cache.lengths)
     along = reads_along(model, config, layout.masks)
     logits = model.base.unembed(latents if along else latents[:, : layout.regular])
-    logits[:, : layout.regular].argmax(-1).tolist()
+    logits[:, : layout.regular].float().argmax(-1).tolist()
     if reads_along(model, config, 0) and not along:
         model.base.unembed(latents[:, : config.masks or model.max_masks])
 

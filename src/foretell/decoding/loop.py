@@ -167,7 +167,7 @@ def leave_finished(running: list[Running], cache: StaticCache) -> list[int]:
 def pick_choices(picker: Picker, logits: Tensor, running: Sequence[Running], drafts: Tensor) -> Tensor:
     """The base's choice (B, R) after every regular token, logits (B, R, V)."""
     if picker.greedy and not picker.reads_text:
-        return logits.argmax(-1)
+        return logits.float().argmax(-1)  # as transformers does; on a CPU it is also faster than in bf16
     regular = logits.shape[1]
     sequences = [row.sequence for row in running for _ in range(regular)]
     places = [row.place + offset for row in running for offset in range(regular)]

@@ -119,7 +119,7 @@ class StepBench:
 
     def choices(self, latents: Tensor) -> Tensor:
         """(B, R, D) -> the base's choices (B, R)."""
-        return self.model.base.unembed(latents).argmax(-1)
+        return self.model.base.unembed(latents).float().argmax(-1)
 
     @torch.inference_mode()
     def steps(self, layouts: Mapping[str, Layout], rounds: int, *, forward_only: bool = False) -> dict[str, Timing]:
