@@ -1,9 +1,9 @@
 """Attention of a step, for bases whose query heads share keys and values in groups.
 
 transformers copies keys and values once per query head of a group, in every layer, as soon as there is a mask and more
-than one row; without a mask it asks PyTorch to share them, which on a CPU in bf16 takes longer than copying. Instead the
-group's heads are put one below the other, as if they were rows of one head: nothing of the past is copied, and every
-head still sees what it saw.
+than one row; without a mask it asks PyTorch to share them, which on a CPU in bf16 takes longer than copying. Instead
+the heads of a group are put one below the other, as if they were rows of one head: nothing of the past is copied, and
+every head still sees what it saw.
 """
 
 from __future__ import annotations
