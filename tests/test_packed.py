@@ -1,5 +1,6 @@
 """Packed linears: the same products, the same text, less time; and a base that stays as it is where none was asked."""
 
+import copy
 from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
@@ -51,7 +52,7 @@ def test_every_architecture_writes_what_it_wrote_before(name: str) -> None:
 def test_products_are_those_of_a_linear(dtype: torch.dtype) -> None:
     linear = nn.Linear(48, 20).to(dtype)
     both = nn.ModuleDict({"packed": linear})
-    pack(both)
+    pack(both, lambda: None)
     packed = both["packed"]
     assert isinstance(packed, PackedLinear) and torch.equal(packed.weight, linear.weight)
     for shape in ((48,), (1, 48), (3, 48), (2, 5, 48)):
@@ -107,7 +108,7 @@ def test_a_packed_model_is_saved_and_compared_like_any(tmp_path: Path) -> None:
 
 def test_no_gradient_goes_through_it() -> None:
     both = nn.ModuleDict({"packed": nn.Linear(8, 8)})
-    pack(both)
+    pack(both, lambda: None)
     with pytest.raises(ForetellError, match="packed=False"):
         both["packed"](torch.randn(2, 8, requires_grad=True))
 
@@ -139,3 +140,37 @@ def test_packed_adapter_agrees_with_the_plain_one(rank: int, dtype: torch.dtype)
 
 def test_adapter_that_is_trained_is_never_packed() -> None:
     assert LowRank(1000, 1000, rank=128, scale=1.0).packed() is None
+
+
+def test_linears_that_get_the_same_rows_are_one_product() -> None:
+    base = Base(tiny_lm("llama"))
+    base.pack(lambda: tiny_lm("llama"))
+    block = base.blocks[0]
+    attention, mlp = block.self_attn, block.mlp
+    assert attention.q_proj.product is attention.k_proj.product is attention.v_proj.product
+    assert mlp.gate_proj.product is mlp.up_proj.product
+    assert attention.o_proj.product not in (attention.q_proj.product, mlp.gate_proj.product)
+    own = tiny_lm("llama").model.layers[0]
+    for name in ("q_proj", "k_proj", "v_proj"):
+        assert torch.equal(getattr(attention, name).weight, getattr(own.self_attn, name).weight)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_of_one_product_each_linear_may_be_asked_for_anything(bias: bool) -> None:
+    """In any order, with rows of its own, twice with the same."""
+    torch.manual_seed(0)
+    parent = nn.ModuleDict({name: nn.Linear(16, size, bias=bias) for name, size in (("a", 8), ("b", 24), ("c", 8))})
+    plain = copy.deepcopy(parent)
+    first, second = torch.randn(2, 3, 16), torch.randn(2, 3, 16)
+    pack(parent, lambda: [linear(first) for linear in parent.values()])
+    assert len({id(linear.product) for linear in parent.values()}) == 1
+    with torch.no_grad():
+        for name, x in (("c", first), ("a", first), ("b", second), ("b", second), ("b", first), ("a", second)):
+            torch.testing.assert_close(parent[name](x), plain[name](x))
+
+
+def test_linears_with_inputs_of_their_own_stay_apart() -> None:
+    parent = nn.ModuleDict({"a": nn.Linear(16, 8), "b": nn.Linear(16, 8), "c": nn.Linear(16, 8, bias=False)})
+    x = torch.randn(2, 16)
+    pack(parent, lambda: [parent["a"](x), parent["b"](x + 0), parent["c"](x)])
+    assert len({id(linear.product) for linear in parent.values()}) == 3

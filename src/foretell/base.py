@@ -69,7 +69,7 @@ class Base(nn.Module):
         self.keep_fingerprint()  # which reads the weights
         probe = torch.arange(4, device=self.device)[None] % self.vocab_size
         before = self.unembed(self.latents(self.embed(probe))).float()
-        pack(self.lm, kept=self.head)
+        pack(self.lm, lambda: self.latents(self.embed(probe)), kept=self.head)
         self.head = self.lm.get_output_embeddings()
         self._load_again = load_again
         error = (self.unembed(self.latents(self.embed(probe))).float() - before).abs().max() / before.abs().max()

@@ -7,6 +7,8 @@ weight as it was stored; oneDNN, once it has laid the weight out in blocks of it
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -38,38 +40,100 @@ def product(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
+class PackedProduct:
+    """x (..., d_in) -> x W^T + bias for one or several linears that get the same x, as one product.
+
+    A small product takes hardly longer than its call, so that the three of an attention cost what one does.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
+        self.sizes = [len(weight) for weight in weights]
+        self.packed = reorder(torch.cat(list(weights)) if len(weights) > 1 else weights[0])
+        there = [bias for bias in biases if bias is not None]
+        self.bias = torch.cat(there) if there else None
+        self._x: Tensor | None = None
+        self._parts: list[Tensor | None] = []
+
+    def part(self, x: Tensor, index: int) -> Tensor:
+        """What linear number `index` makes of x; the product is made when the first of them asks."""
+        if len(self.sizes) == 1:
+            return product(x, self.packed, self.bias)
+        if x is not self._x or self._parts[index] is None:
+            self._x, self._parts = x, list(product(x, self.packed, self.bias).split(self.sizes, -1))
+        part, self._parts[index] = self._parts[index], None
+        if not any(part is not None for part in self._parts):
+            self._x = None  # all have theirs
+        assert part is not None
+        return part
+
+
 class PackedLinear(nn.Module):
     """x (..., d_in) -> x W^T + bias (..., d_out), forward only; instead of an nn.Linear or GPT-2's Conv1D.
 
-    With `keep` the weight stays beside its packed copy: for an embedding tied to it, and to read single rows of.
+    It is linear number `index` of a product. With `keep` the weight stays beside its packed copy: for an embedding tied
+    to it, and to read single rows of.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, keep: Tensor | None = None) -> None:
+    def __init__(self, product: PackedProduct, index: int, in_features: int, keep: Tensor | None = None) -> None:
         super().__init__()
-        self.out_features, self.in_features = weight.shape
-        # A plain attribute: state dicts and `.to()` know no packed tensors.
-        self.packed = reorder(weight)
-        self.bias, self.kept = bias, keep
+        # Plain attributes: state dicts and `.to()` know no packed tensors.
+        self.product, self.index, self.kept = product, index, keep
+        self.in_features, self.out_features = in_features, product.sizes[index]
 
     @property
     def weight(self) -> Tensor:
         """(d_out, d_in), unpacked anew at each call unless it was kept."""
-        return self.packed.to_dense() if self.kept is None else self.kept
+        if self.kept is not None:
+            return self.kept
+        return self.product.packed.to_dense().split(self.product.sizes)[self.index]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(d_out,), if there is one."""
+        return None if self.product.bias is None else self.product.bias.split(self.product.sizes)[self.index]
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
             raise ForetellError("a base with packed linears can't be trained through; load it with packed=False")
-        return product(x, self.packed, self.bias)
+        return self.product.part(x, self.index)
 
 
-def pack(module: nn.Module, kept: nn.Module | None = None) -> None:
-    """Replaces every linear inside of `module`, one by one, so that no more than one weight is there twice.
+def pack(module: nn.Module, run: Callable[[], object], kept: nn.Module | None = None) -> None:
+    """Replaces every linear inside of `module`, group by group, so that hardly a weight is there twice.
 
-    `kept` is the linear whose weight is kept. Quantised linears stay as they are.
+    Linears of one parent that get the very same tensor while `run` runs become one product. `kept` is the linear whose
+    weight is kept. Quantised linears stay as they are.
     """
-    for name, child in module.named_children():
-        if isinstance(child, Conv1D) or type(child) is nn.Linear:
-            weight = child.weight.t() if isinstance(child, Conv1D) else child.weight
-            setattr(module, name, PackedLinear(weight, child.bias, keep=weight if child is kept else None))
-        else:
-            pack(child, kept)
+    for parent, names in together(module, run):
+        linears = [getattr(parent, name) for name in names]
+        weights = [linear.weight.t() if isinstance(linear, Conv1D) else linear.weight for linear in linears]
+        made = PackedProduct(weights, [linear.bias for linear in linears])
+        for index, (name, linear, weight) in enumerate(zip(names, linears, weights, strict=True)):
+            setattr(parent, name, PackedLinear(made, index, weight.shape[1], weight if linear is kept else None))
+
+
+def together(module: nn.Module, run: Callable[[], object]) -> list[tuple[nn.Module, list[str]]]:
+    """Every linear inside of `module`, as parent and names, those in one list that can be one product."""
+    inputs: dict[nn.Module, list[Tensor]] = {}  # kept, so that no other tensor takes one's place in memory
+
+    def note(linear: nn.Module, args: tuple[Tensor, ...]) -> None:
+        inputs.setdefault(linear, []).append(args[0])
+
+    groups: dict[tuple[nn.Module, object], list[str]] = {}
+    of = [
+        (parent, name, child)
+        for parent in module.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, Conv1D) or type(child) is nn.Linear
+    ]
+    hooks = [child.register_forward_pre_hook(note) for _, _, child in of]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for parent, name, child in of:
+        given = inputs.get(child, [])
+        same = (id(given[0]), child.bias is None) if len(given) == 1 else name
+        groups.setdefault((parent, same), []).append(name)
+    return [(parent, names) for (parent, _), names in groups.items()]
