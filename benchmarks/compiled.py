@@ -1,7 +1,8 @@
 """Eager and compiled steps side by side: seconds per token of every method in both modes, and what compiling took.
 
-One process, the modes by turns within every round; ratios are of rounds, so that a busy minute strikes both. Writes
-one JSON file.
+One process, the modes by turns within every round; ratios are of rounds, so that a busy minute strikes both. With
+`--shape` seconds of single steps instead, on a model of that shape with random weights. Writes one JSON file; what an
+earlier run wrote of other things is kept.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import torch
 
 import foretell
 from foretell.checkpoint import write_text
+from foretell.config import DTYPES
 from foretell.decoding.compiling import compile_steps
 from foretell.decoding.generate import MTPForCausalLM
 from foretell.errors import ForetellError
@@ -25,6 +28,9 @@ from foretell.evaluation.measure import count, encode_prompts, run
 from foretell.evaluation.methods import ADAPTIVE, AUTOREGRESSIVE, HUGGINGFACE, Method
 from foretell.evaluation.prompts import load_prompts
 from foretell.evaluation.report import environment
+from foretell.evaluation.shapes import SHAPES, random_model
+from foretell.evaluation.step_cost import StepBench, alternate
+from foretell.layout import linear, plain, quadratic
 
 RESULT = Path(__file__).parent / "results" / "compiled.json"
 SETS = ("problems", "code")
@@ -61,7 +67,37 @@ def measure(models: dict[str, MTPForCausalLM], name: str, args: argparse.Namespa
         if mode != REFERENCE:
             row["over_plain"] = ratio(times, (str(methods[0]), mode), (method, mode))
             row["over_eager"] = ratio(times, (method, "eager"), (method, mode))
-    return {"prompts": len(ids), "rows": [{"method": key[0], "mode": key[1], **row} for key, row in rows.items()]}
+    table = [{"method": method, "mode": mode, **row} for (method, mode), row in rows.items()]
+    for row in table:
+        say(f"{name}: " + line(row))
+    settings = {"prompts": len(ids), "max_new_tokens": args.max_new_tokens, "rounds": args.rounds}
+    return {**settings, "rows": table, "run": environment(models["compiled"])}
+
+
+@torch.inference_mode()
+def steps(models: dict[str, MTPForCausalLM], args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of steps behind a context in both modes."""
+    layouts = {"plain": plain(), "linear 2": linear(2, 2), "linear 4": linear(4, 4), "linear 8": linear(8, 8),
+               "quadratic 4": quadratic(4, 4), "quadratic 8": quadratic(8, 8)}  # fmt: skip
+    benches = {mode: StepBench(model, args.context) for mode, model in models.items()}
+    tasks = {
+        (name, mode): partial(bench.forward, layout)
+        for name, layout in layouts.items()
+        for mode, bench in benches.items()
+    }
+    times = alternate(tasks, torch.device("cpu"), args.rounds)
+    rows = []
+    for name, layout in layouts.items():
+        row: dict[str, Any] = {"step": name, "width": layout.width}
+        row |= {f"{mode}_ms": 1000 * statistics.median(times[name, mode]) for mode in models}
+        row["over_eager"] = ratio(times, (name, "eager"), (name, "compiled"))
+        rows.append(row)
+        say(line(row))
+    return {"context": args.context, "rounds": args.rounds, "rows": rows, "run": environment(models["compiled"])}
+
+
+def line(row: dict[str, Any]) -> str:
+    return " ".join(f"{key}={v:.3g}" if isinstance(v, float) else f"{v}" for key, v in row.items())
 
 
 def ratio(times: Times, slow: tuple[str, str], fast: tuple[str, str]) -> float:
@@ -76,6 +112,9 @@ def say(line: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="a trained model; without it the embedded one")
+    parser.add_argument("--shape", choices=SHAPES, help="single steps of a random model of this shape instead")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the random model")
+    parser.add_argument("--context", type=int, default=256, help="cached tokens of single steps")
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("--threads", type=int, default=2, help="torch threads, one per core")
     parser.add_argument("--rounds", type=int, default=5)
@@ -83,17 +122,25 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=128)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    models = {"eager": foretell.load(args.model, device="cpu"), "compiled": foretell.load(args.model, device="cpu")}
+
+    def load() -> MTPForCausalLM:
+        if args.shape is None:
+            return foretell.load(args.model, device="cpu")
+        return random_model(args.shape, dtype=args.dtype, device="cpu", rank=16)
+
+    models = {"eager": load(), "compiled": load()}
     start = time.perf_counter()
     if reason := compile_steps(models["compiled"]):
         raise ForetellError(reason)
-    result: dict[str, Any] = {"compile_seconds": time.perf_counter() - start}
-    say(f"compiled in {result['compile_seconds']:.1f} s")
-    for name in SETS:
-        result[name] = measure(models, name, args)
-        for row in result[name]["rows"]:
-            say(" ".join(f"{key}={v:.3g}" if isinstance(v, float) else f"{v}" for key, v in row.items()))
-    result["run"] = {**environment(models["compiled"]), "rounds": args.rounds, "max_new_tokens": args.max_new_tokens}
+    seconds = time.perf_counter() - start
+    say(f"compiled in {seconds:.1f} s")
+    result: dict[str, Any] = json.loads(args.output.read_text(encoding="utf-8")) if args.output.exists() else {}
+    if args.shape:
+        found = {f"{args.shape} {args.dtype}": steps(models, args)}
+    else:
+        found = {name: measure(models, name, args) for name in SETS}
+    for name, part in found.items():
+        result[name] = {"compile_seconds": seconds, **part}
     write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", args.output)
     say(f"written to {args.output}")
 

@@ -129,7 +129,7 @@ class _Columns:
 def compile_block(
     parts: Parts, calls: Sequence[Call], keys: Tensor, columns: int, regular: int | None
 ) -> Callable[..., Any]:
-    """A function of (weights, the call's tensors, keys, values, rows, columns, and gate if there are masks) -> (latents,).
+    """A function of (weights, the call's tensors, keys, values, rows, columns, gate if there are masks) -> (latents,).
 
     keys: any of (1, H, capacity, D_head); rows (Q,) int64: columns of the new rows; columns (S,): its length is how
     many the step sees; gate (R + 1,): its length is one more than the regular rows. `calls` are two of different
@@ -141,8 +141,8 @@ def compile_block(
     from torch._inductor import compile as inductor
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
-    from torch.fx.graph import CodeGen
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+    from torch.fx.graph import CodeGen
 
     first, second = calls
     if first.constants != second.constants or len(first.tensors) != len(second.tensors):

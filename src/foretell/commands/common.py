@@ -41,7 +41,7 @@ CompiledOption = Annotated[
     bool,
     typer.Option(
         "--compiled/--no-compiled",
-        help="compile the base's blocks for steps of one sequence on a CPU: faster, after up to a minute the first time",
+        help="compile the base's blocks for steps of one sequence, on a CPU: faster, but half a minute the first time",
     ),
 ]
 QuantiseOption = Annotated[
