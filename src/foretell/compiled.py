@@ -30,6 +30,7 @@ class Form(NamedTuple):
 
 
 def form_of(regular: int, width: int) -> Form:
+    """The form of a step of `width` rows, of which `regular` are regular."""
     return Form(width > 1, regular < width)
 
 
@@ -71,7 +72,7 @@ def why_not(base: Base, adapter: GatedLoRA) -> str | None:
 
 
 class CompiledSteps:
-    """Replaces the base's blocks; `compile` makes their graphs, `running` uses them, `remove` puts the blocks back.
+    """Replaces the base's blocks; `compiling` makes their graphs, `running` uses them, `remove` puts the blocks back.
 
     The base must stay as it is from then on: not moved, cast or trained.
     Raises ForetellError where that can't be done.
@@ -94,6 +95,7 @@ class CompiledSteps:
             modules[number] = block
 
     def remove(self) -> None:
+        """Puts the base's own blocks back."""
         modules = self.base.blocks
         for number, block in enumerate(self.blocks):
             modules[number] = block.block
@@ -101,7 +103,7 @@ class CompiledSteps:
     def can_run(self, cache: Any, length: int, regular: int, width: int) -> bool:
         """Whether a step behind `length` tokens of one sequence can: after its prefill, with room in the cache."""
         layer = cache.layers[0]
-        if not layer.is_initialized or layer.keys.shape[0] != 1 or not isinstance(length, int):
+        if not layer.is_initialized or layer.keys.shape[0] != 1:
             return False
         return length + width <= layer.keys.shape[2] and form_of(regular, width) in self.blocks[0].graphs
 
