@@ -158,6 +158,11 @@ class GatedLoRA(nn.Module):
             pairs = zip(self._targets, self._hooks, strict=True)
             self._handles = [module.register_forward_hook(hook) for module, hook in pairs]
 
+    def of_block(self, number: int) -> list[tuple[nn.Module, LowRank]]:
+        """The adapted modules of one of the base's blocks, each with its adapter."""
+        names = zip(self._targets, self.adapters.items(), strict=True)
+        return [(module, cast(LowRank, adapter)) for module, (name, adapter) in names if name.startswith(f"{number}/")]
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Moved or cast: the hooks hold views of the parameters' old memory.
         attached = bool(self._handles)

@@ -13,6 +13,7 @@ from transformers import Cache
 
 from foretell.attention import AttentionMask, additive, attention_mask, is_windowed
 from foretell.base import Base
+from foretell.compiled import CompiledSteps
 from foretell.config import MTPConfig
 from foretell.errors import ForetellError
 from foretell.gated_lora import GatedLoRA, adapted_modules
@@ -52,6 +53,7 @@ class MTPModel(nn.Module):
             gated=config.adapter == "gated",
         )
         self.sampler: Sampler | None = make_sampler(config, base.d_model, base.d_embedding)
+        self.compiled: CompiledSteps | None = None
         self.own_modules_to(device=base.device)
 
     def own_modules_to(self, **kwargs: Any) -> None:
@@ -98,8 +100,13 @@ class MTPModel(nn.Module):
             embeddings = torch.cat([embeddings, masks.to(embeddings.dtype)], dim=1)
         if self.bidirectional:  # strategies need not know how the masks were trained
             layouts = [replace(layout, bidirectional=True) for layout in layouts]
-        positions, mask = step_attention(layouts, lengths, self.base)
-        with self.adapter.open(layouts[0].regular, layouts[0].width):
+        compiled = self.compiled if len(lengths) == 1 else None
+        positions, mask = step_attention(layouts, lengths, self.base, explicit=compiled is not None)
+        rows = layouts[0].regular, layouts[0].width
+        if compiled is not None and compiled.can_run(cache, lengths[0], *rows):
+            with compiled.running(cache, lengths[0], *rows):
+                return self.base.latents(embeddings, positions, mask, cache)
+        with self.adapter.open(*rows):
             return self.base.latents(embeddings, positions, mask, cache)
 
     def prefill(self, ids: Tensor, cache: Cache) -> Tensor:
@@ -126,17 +133,17 @@ def _additive_visible(layout: Layout, device: torch.device, dtype: torch.dtype) 
 
 
 def step_attention(
-    layouts: Sequence[Layout], lengths: Sequence[int], base: Base
+    layouts: Sequence[Layout], lengths: Sequence[int], base: Base, explicit: bool = False
 ) -> tuple[Tensor, AttentionMask | None]:
     """Position ids (B, Q) and additive masks (B, 1, Q, longest + Q) of a step over a ragged cache.
 
     Row b's new columns lie behind its own `lengths[b]` kept ones; what lies beyond them belongs to no one. No mask
-    where everything is seen: with one, sdpa would copy keys and values for grouped heads.
+    where everything is seen, unless it is to be explicit: with one, sdpa would copy keys and values for grouped heads.
     """
     device, dtype, longest = base.device, base.dtype, max(lengths)
     if min(lengths) == longest and len(set(layouts)) == 1 and not is_windowed(base.text_config):
         positions = (on_device(layouts[0], device).position_offsets + longest).expand(len(layouts), -1)
-        if layouts[0].width == 1:
+        if layouts[0].width == 1 and not explicit:
             return positions, None
         mask = nn.functional.pad(_additive_visible(layouts[0], device, dtype), (longest, 0))
         mask = mask.expand(len(layouts), 1, -1, -1)

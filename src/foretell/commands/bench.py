@@ -10,6 +10,7 @@ import typer
 
 from foretell.commands.common import (
     BaseOption,
+    CompiledOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
@@ -99,6 +100,7 @@ def command(
     dtype: DtypeOption = "float32",
     device: DeviceOption = None,
     packed: PackedOption = None,
+    compiled: CompiledOption = False,
     quantise: QuantiseOption = "none",
     trust_remote_code: TrustOption = False,
 ) -> None:
@@ -124,7 +126,7 @@ def command(
     sources = prompts or list(NAMES)
     for source in sources:
         prompts_path(source)  # a misspelt name shows before the model is loaded
-    loaded = load_model(model, base, dtype, device, trust_remote_code, packed, quantise)
+    loaded = load_model(model, base, dtype, device, trust_remote_code, packed, quantise, compiled)
     names = {set_name(s): s for s in sources}
     if len(names) < len(sources):
         raise ForetellError("two of the prompt sets have the same name; rename one of the files")

@@ -8,6 +8,7 @@ import typer
 
 from foretell.commands.common import (
     BaseOption,
+    CompiledOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
@@ -64,6 +65,7 @@ def command(
     dtype: DtypeOption = "bfloat16",
     device: DeviceOption = None,
     packed: PackedOption = None,
+    compiled: CompiledOption = False,
     quantise: QuantiseOption = "none",
     trust_remote_code: TrustOption = False,
 ) -> None:
@@ -77,7 +79,7 @@ def command(
     from foretell.evaluation.prompts import load_prompts, prompts_path
 
     prompts_path(prompts)  # a misspelt name shows before the model is loaded
-    loaded = load_model(model, base, dtype, device, trust_remote_code, packed, quantise)
+    loaded = load_model(model, base, dtype, device, trust_remote_code, packed, quantise, compiled)
     texts = load_prompts(prompts, tokenizer=loaded.tokenizer, chat=chat, limit=limit)
 
     from foretell.commands.render import progress_bar, stdout_console

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from foretell.commands.common import BaseOption, DeviceOption, ModelOption, check_writable, load_model
+from foretell.commands.common import BaseOption, CompiledOption, DeviceOption, ModelOption, check_writable, load_model
 
 
 def command(
@@ -20,12 +20,13 @@ def command(
     rounds: Annotated[int, typer.Option(min=1, help="rounds of the measurement at the end")] = 1,
     svg: Annotated[Path | None, typer.Option(help="write what is shown to this file too, as a picture")] = None,
     device: DeviceOption = None,
+    compiled: CompiledOption = False,
 ) -> None:
     """Watch a small language model say several tokens per step, and see what that gains in seconds. Offline."""
     from foretell.commands.show import Show
 
     check_writable(svg)
-    show = Show(load_model(model, base, "float32", device), prompts, max_new_tokens)
+    show = Show(load_model(model, base, "float32", device, compiled=compiled), prompts, max_new_tokens)
     show.introduce()
     show.generate()
     show.measure(rounds)

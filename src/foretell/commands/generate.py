@@ -10,6 +10,7 @@ import typer
 
 from foretell.commands.common import (
     BaseOption,
+    CompiledOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
@@ -43,6 +44,7 @@ def command(
     dtype: DtypeOption = "float32",
     device: DeviceOption = None,
     packed: PackedOption = None,
+    compiled: CompiledOption = False,
     quantise: QuantiseOption = "none",
     trust_remote_code: TrustOption = False,
     **values: Any,
@@ -52,7 +54,7 @@ def command(
     The text goes to standard output, everything else to standard error.
     """
     text = read_prompt(prompt, prompt_file)
-    loaded = load_model(model, base, dtype, device, trust_remote_code, packed, quantise)
+    loaded = load_model(model, base, dtype, device, trust_remote_code, packed, quantise, compiled)
     if json:
         print(to_json(loaded.generate(text, chat=chat, **values).to_dict()))
         return

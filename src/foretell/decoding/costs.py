@@ -122,7 +122,7 @@ def _key(model: MTPModel, config: DecodeConfig, batch: int) -> str:
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     facts = [
         __version__, torch.__version__, model.base.fingerprint(), model.base.packed, model.base.dtype, device.type,
-        machine, platform.machine(), torch.get_num_threads(), model.config.to_dict(), batch,
+        model.compiled is not None, machine, platform.machine(), torch.get_num_threads(), model.config.to_dict(), batch,
         config.masks, config.use_sampler, shortlist_size(model, config.shortlist),
     ]  # fmt: skip
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]

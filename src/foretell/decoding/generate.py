@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -18,6 +19,7 @@ from foretell import checkpoint
 from foretell.base import Base
 from foretell.config import DTYPES, QUANTISED, DecodeConfig
 from foretell.decoding import hook, loop
+from foretell.decoding.compiling import compile_steps
 from foretell.decoding.generation import Generation, repeated_ngram_share
 from foretell.decoding.loop import Step
 from foretell.decoding.pick import Picker
@@ -47,6 +49,7 @@ class MTPForCausalLM(MTPModel):
         device: str | torch.device | None = None,
         trust_remote_code: bool = False,
         packed: bool | None = None,
+        compiled: bool = False,
         quantise: str = "none",
         check: bool = True,
     ) -> Self:
@@ -54,7 +57,8 @@ class MTPForCausalLM(MTPModel):
 
         `packed` lays out the base's weights as a CPU multiplies them fastest (see `Base.pack`), None where that can be
         done. Such a base is for decoding alone: it can neither be trained nor saved. `quantise` int8 or int4 loads the
-        base's linears in so many bits (see `checkpoint.load`).
+        base's linears in so many bits (see `checkpoint.load`). `compiled` compiles the base's blocks for steps of one
+        sequence on a CPU (see `compile_steps`); where that can't be done it warns and decodes as it does without.
 
         Raises ForetellError for a missing or damaged checkpoint, another base than it was trained on, or an
         unsupported architecture.
@@ -72,6 +76,8 @@ class MTPForCausalLM(MTPModel):
         )
         model.source = "embedded" if source is None else str(source)
         model.for_inference()
+        if compiled and (reason := compile_steps(model)):
+            warnings.warn(reason, RuntimeWarning, stacklevel=2)
         return model
 
     def save_pretrained(self, directory: str | Path) -> Path:

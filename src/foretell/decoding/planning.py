@@ -41,7 +41,7 @@ def strategy_of(model: MTPModel, config: DecodeConfig, sequences: int) -> Strate
     """What `config.strategy` names, for one call of the loop with so many prompts."""
     if config.strategy != "adaptive":
         return Fixed(config.strategy, config.masks or model.max_masks)
-    place = (model.base.device, model.base.dtype, torch.get_num_threads())
+    place = (model.base.device, model.base.dtype, torch.get_num_threads(), model.compiled is not None)
     manner = (*place, config.masks, config.use_sampler, config.shortlist, config.drafts, config.temperature)
     of_model = _planners.setdefault(model, {})
     planners = of_model.setdefault(manner, Planners(model, config))

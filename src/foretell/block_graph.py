@@ -1,0 +1,268 @@
+"""One block of a base as a graph, compiled by inductor to C++ that serves every block of its kind.
+
+What differs from block to block or from step to step goes in as tensors: the weights, the adapter's matrices, keys and
+values, and the numbers of rows, columns and regular rows, each as the length of a tensor, since a number that Python
+counts would be compiled in. One call from Python then does a block's work, where eager mode makes a hundred.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, cached_property
+from itertools import repeat
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from foretell.errors import ForetellError
+from foretell.gated_lora import LowRank
+from foretell.packed import PackedLinear
+
+OPTIONS = {
+    "cpp_wrapper": True,  # what calls the kernels and products is C++ as well: half of what there is to gain
+    # Kernels between products take a microsecond or two: less than to wake a thread, or to check their sizes.
+    "cpp.threads": 1,
+    "size_asserts": False,
+    "alignment_asserts": False,
+}
+SCALARS = (int, float, bool, str, type(None), torch.dtype)
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a base called a block in one step: its arguments, without the cache's tensors."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return tensors_of((*self.args, *self.kwargs.values()))
+
+    @property
+    def constants(self) -> Any:
+        """All that is no tensor, in its place."""
+        return _replaced((self.args, self.kwargs), repeat(None), None)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A block with what acts inside of it, as lists of tensors in a fixed order."""
+
+    block: nn.Module
+    adapters: list[tuple[nn.Module, LowRank]]  # an adapted module of the block with its adapter
+
+    @cached_property
+    def own(self) -> dict[str, Tensor]:
+        return {**dict(self.block.named_parameters()), **dict(self.block.named_buffers())}
+
+    @cached_property
+    def packed(self) -> list[PackedLinear]:
+        return [module for module in self.block.modules() if isinstance(module, PackedLinear)]
+
+    def weights(self, masks: bool) -> list[Tensor]:
+        """What the graph takes first; the adapter's matrices only where there are masks."""
+        low = [matrix for _, adapter in self.adapters for matrix in (adapter.a, adapter.b)] if masks else []
+        return [*self.own.values(), *(linear.packed for linear in self.packed), *low]
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Equal for blocks that one graph can serve: the same modules, shapes and settings."""
+        modules = [
+            (
+                name,
+                type(module),
+                [(k, v) for k, v in vars(module).items() if isinstance(v, SCALARS) and k != "layer_idx"],
+            )
+            for name, module in self.block.named_modules()
+        ]
+        names = {module: name for name, module in self.block.named_modules()}
+        low = [(names[module], adapter.scale) for module, adapter in self.adapters]
+        shapes = [(tuple(t.shape), t.dtype, t.is_mkldnn or t.stride()) for t in self.weights(masks=True)]
+        return repr(modules), repr(low), repr(shapes)
+
+
+def tensors_of(values: Iterable[Any]) -> list[Tensor]:
+    """Every tensor among the values, and in tuples, lists and dicts, in order."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (tuple, list)):
+            found += tensors_of(value)
+        elif isinstance(value, dict):
+            found += tensors_of(value.values())
+    return found
+
+
+def _replaced(value: Any, tensors: Iterator[Any], columns: Any) -> Any:
+    """The value with other tensors, in the order of `tensors_of`, and `columns` for the cache."""
+    if isinstance(value, Tensor):
+        return next(tensors)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_replaced(item, tensors, columns) for item in value)
+    if isinstance(value, dict):
+        return {key: _replaced(item, tensors, columns) for key, item in value.items()}
+    return columns if isinstance(value, Cache) else value
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Stands for the cache in a graph: one layer, written where a tensor says."""
+
+    keys: Tensor
+    values: Tensor
+    rows: Tensor
+    columns: Tensor
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.keys.index_copy_(2, self.rows, key_states)
+        self.values.index_copy_(2, self.rows, value_states)
+        count = self.columns.shape[0]
+        return self.keys[:, :, :count], self.values[:, :, :count]
+
+
+def compile_block(
+    parts: Parts, calls: Sequence[Call], keys: Tensor, columns: int, regular: int | None
+) -> Callable[..., Any]:
+    """A function of (weights, the call's tensors, keys, values, rows, columns, gate if there are masks) -> (latents,).
+
+    keys: any of (1, H, capacity, D_head); rows (Q,) int64: columns of the new rows; columns (S,): its length is how
+    many the step sees; gate (R + 1,): its length is one more than the regular rows. `calls` are two of different
+    numbers of rows (unless that is to be 1) and columns: sizes in which they agree are compiled in, others left open.
+    `columns` and `regular` (None: no masks) are the first one's.
+    Raises ForetellError if other things differ between them; else whatever tracing or the compiler raises.
+    """
+    from torch._guards import TracingContext, tracing
+    from torch._inductor import compile as inductor
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+    from torch.fx.graph import CodeGen
+
+    first, second = calls
+    if first.constants != second.constants or len(first.tensors) != len(second.tensors):
+        raise ForetellError("its blocks are called with numbers that change from step to step")
+    environment = ShapeEnv()
+    mode = FakeTensorMode(shape_env=environment)
+
+    def fake(like: Tensor, *open_dimensions: int) -> Tensor:
+        strides = {} if like.is_mkldnn or open_dimensions else {"stride": like.stride()}
+        make = torch.empty_strided if strides else torch.empty
+        kinds = [DimDynamic.DYNAMIC if d in open_dimensions else DimDynamic.STATIC for d in range(like.ndim)]
+        context = StatelessSymbolicContext(dynamic_sizes=kinds)
+        return mode.from_tensor(make(tuple(like.shape), **strides, dtype=like.dtype), symbolic_context=context)
+
+    masks = regular is not None
+    with torch.inference_mode(False), torch.no_grad():
+        weights = [fake(weight) for weight in parts.weights(masks)]
+        given = []
+        for one, other in zip(first.tensors, second.tensors, strict=True):
+            given.append(fake(one.contiguous(), *(d for d in range(one.ndim) if one.shape[d] != other.shape[d])))
+        rows = first.tensors[0].shape[1]
+        width = [fake(torch.empty(rows, dtype=torch.long), *([0] if rows > 1 else []))]
+        seen, gate = fake(torch.empty(columns), 0), fake(torch.empty((regular or 0) + 1), 0)
+        written = [fake(keys, 2), fake(keys, 2)]
+        inputs = [*weights, *given, *written, *width, seen, *([gate] if masks else [])]
+        with mode:
+            graph = make_fx(_of_tensors(parts, first, masks))(*inputs)
+        for node in graph.graph.nodes:
+            if node.target is torch.ops.mkldnn._linear_pointwise.default:
+                node.target, node.args = packed_product(), node.args[:3]
+        graph.graph.set_codegen(CodeGen())  # a flat call; taking nested arguments apart would cost at every step
+        graph.recompile()
+        with tracing(TracingContext(mode)):
+            compiled = inductor(graph, inputs, options=OPTIONS)
+    if any(value.is_number for value in environment.replacements.values()):
+        raise ForetellError("its blocks work out a number from a size that changes from step to step")
+    return compiled
+
+
+def _of_tensors(parts: Parts, call: Call, masks: bool) -> Callable[..., tuple[Tensor]]:
+    """The block as a function of tensors alone, in the order that `compile_block` gives."""
+    adapters = parts.adapters if masks else []
+    sizes = [len(parts.own), len(parts.packed), 2 * len(adapters), len(call.tensors)]
+
+    def latents(*tensors: Tensor) -> Tensor:
+        left = iter(tensors)
+        own, packed, low, given = ([next(left) for _ in range(size)] for size in sizes)
+        keys, values, rows, columns, *gate = left
+        stand_in = _Columns(keys, values, rows, columns)
+        args, kwargs = _replaced((call.args, call.kwargs), iter(given), stand_in)
+        regular = gate[0].shape[0] - 1 if gate else 0
+        hooks = [
+            module.register_forward_hook(_adapted(a, b, adapter.scale, regular))
+            for (module, adapter), a, b in zip(adapters, low[::2], low[1::2], strict=True)
+        ]
+        try:
+            with _packed_as(parts.packed, packed):
+                weights = dict(zip(parts.own, own, strict=True))
+                out = torch.func.functional_call(parts.block, weights, args, kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if isinstance(out, tuple) and tensors_of(out[1:]):
+            raise ForetellError("its blocks give more than latents")
+        return out[0] if isinstance(out, tuple) else out
+
+    return lambda *tensors: (latents(*tensors),)
+
+
+def _adapted(a: Tensor, b: Tensor, scale: float, regular: int) -> Callable[..., Any]:
+    """A hook that adapts the rows from `regular` on, of one sequence."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        whole = output[0] if isinstance(output, tuple) else output
+        x, out = args[0].reshape(-1, args[0].shape[-1]), whole.reshape(-1, whole.shape[-1])
+        adapted = torch.addmm(out[regular:], x[regular:] @ a.t(), b.t(), alpha=scale)
+        out = torch.cat([out[:regular], adapted]).view(whole.shape)
+        return (out, *output[1:]) if isinstance(output, tuple) else out
+
+    return hook
+
+
+@contextmanager
+def _packed_as(linears: Sequence[PackedLinear], weights: Sequence[Tensor]) -> Iterator[None]:
+    """Within this context the linears hold other weights."""
+    before = [linear.packed for linear in linears]
+    try:
+        for linear, weight in zip(linears, weights, strict=True):
+            linear.packed = weight
+        yield
+    finally:
+        for linear, weight in zip(linears, before, strict=True):
+            linear.packed = weight
+
+
+@cache
+def packed_product() -> Any:
+    """oneDNN's product as an operator of ours: inductor takes its own only with weights that are part of the graph."""
+    from torch._inductor.ir import TensorBox
+    from torch._inductor.lowering import register_lowering
+    from torch._inductor.mkldnn_ir import LinearUnary
+
+    def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+
+    def shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+    library = torch.library.Library("foretell", "DEF")
+    library.define("packed_product(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+    library.impl("packed_product", product, "CPU")
+    torch.library.register_fake("foretell::packed_product", shape, lib=library)
+    operator = torch.ops.foretell.packed_product.default
+
+    @register_lowering(operator, type_promotion_kind=None)  # type: ignore[untyped-decorator]
+    def lower(x: Any, weight: Any, bias: Any) -> Any:
+        return TensorBox.create(LinearUnary.create(x, weight, bias, "none", [], ""))
+
+    _libraries.append(library)  # an operator lives as long as its library
+    return operator
+
+
+_libraries: list[torch.library.Library] = []
