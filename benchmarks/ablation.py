@@ -16,10 +16,11 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -52,6 +53,7 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", default=[], type=Path, help="for each base a file of texts")
     parser.add_argument("--recipes", nargs="+", help="names out of the file of recipes [all]")
     parser.add_argument("--recipes-file", type=Path, default=RECIPES)
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="over the file's common settings")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--texts", type=int, default=500, help="texts to train on")
@@ -73,7 +75,7 @@ def main() -> None:
 
 
 def run_missing(args: argparse.Namespace) -> None:
-    recipes = load_recipes(args.recipes_file)
+    recipes = load_recipes(args.recipes_file, dict(one.split("=", 1) for one in args.set))
     for name in args.recipes or ():
         if name not in recipes:
             raise ForetellError(f"there is no recipe {name!r}; known: {', '.join(recipes)}")
@@ -99,7 +101,7 @@ def run_missing(args: argparse.Namespace) -> None:
                 )
 
 
-def load_recipes(path: Path) -> dict[str, dict[str, Any]]:
+def load_recipes(path: Path, common: Mapping[str, str] = MappingProxyType({})) -> dict[str, dict[str, Any]]:
     """For every recipe `answers` and all settings of MTPConfig and TrainConfig but steps and seed."""
     read = yaml.safe_load(path.read_text(encoding="utf-8"))
     own: dict[str, dict[str, Any]] = read["recipes"]
@@ -110,7 +112,8 @@ def load_recipes(path: Path) -> dict[str, dict[str, Any]]:
 
     recipes = {}
     for name in own:
-        settings = read["common"] | differences(name)
+        more = {key: yaml.safe_load(value) for key, value in common.items()}
+        settings = read["common"] | more | differences(name)
         answers = settings.pop("answers")
         if answers not in ("own", "data"):
             raise ForetellError(f"recipe {name}: answers must be own or data, not {answers!r}")

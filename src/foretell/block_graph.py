@@ -20,7 +20,7 @@ from transformers import Cache
 
 from foretell.errors import ForetellError
 from foretell.gated_lora import LowRank
-from foretell.packed import PackedLinear
+from foretell.packed import PackedLinear, PackedProduct
 
 OPTIONS = {
     "cpp_wrapper": True,  # what calls the kernels and products is C++ as well: half of what there is to gain
@@ -61,13 +61,14 @@ class Parts:
         return {**dict(self.block.named_parameters()), **dict(self.block.named_buffers())}
 
     @cached_property
-    def packed(self) -> list[PackedLinear]:
-        return [module for module in self.block.modules() if isinstance(module, PackedLinear)]
+    def packed(self) -> list[PackedProduct]:
+        linears = (module for module in self.block.modules() if isinstance(module, PackedLinear))
+        return list(dict.fromkeys(linear.product for linear in linears))
 
     def weights(self, masks: bool) -> list[Tensor]:
         """What the graph takes first; the adapter's matrices only where there are masks."""
         low = [matrix for _, adapter in self.adapters for matrix in (adapter.a, adapter.b)] if masks else []
-        return [*self.own.values(), *(linear.packed for linear in self.packed), *low]
+        return [*self.own.values(), *(tensor for product in self.packed for tensor in product.tensors), *low]
 
     @property
     def kind(self) -> tuple[Any, ...]:
@@ -185,7 +186,12 @@ def compile_block(
 def _of_tensors(parts: Parts, call: Call, masks: bool) -> Callable[..., tuple[Tensor]]:
     """The block as a function of tensors alone, in the order that `compile_block` gives."""
     adapters = parts.adapters if masks else []
-    sizes = [len(parts.own), len(parts.packed), 2 * len(adapters), len(call.tensors)]
+    sizes = [
+        len(parts.own),
+        sum(len(product.tensors) for product in parts.packed),
+        2 * len(adapters),
+        len(call.tensors),
+    ]
 
     def latents(*tensors: Tensor) -> Tensor:
         left = iter(tensors)
@@ -226,16 +232,17 @@ def _adapted(a: Tensor, b: Tensor, scale: float, regular: int) -> Callable[..., 
 
 
 @contextmanager
-def _packed_as(linears: Sequence[PackedLinear], weights: Sequence[Tensor]) -> Iterator[None]:
-    """Within this context the linears hold other weights."""
-    before = [linear.packed for linear in linears]
+def _packed_as(products: Sequence[PackedProduct], tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Within this context the products have other tensors."""
+    before = [product.tensors for product in products]
+    left = iter(tensors)
     try:
-        for linear, weight in zip(linears, weights, strict=True):
-            linear.packed = weight
+        for product, own in zip(products, before, strict=True):
+            product.tensors = [next(left) for _ in own]
         yield
     finally:
-        for linear, weight in zip(linears, before, strict=True):
-            linear.packed = weight
+        for product, own in zip(products, before, strict=True):
+            product.tensors = own
 
 
 @cache

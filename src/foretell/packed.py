@@ -49,10 +49,21 @@ class PackedProduct:
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
         self.sizes = [len(weight) for weight in weights]
         self.packed = reorder(torch.cat(list(weights)) if len(weights) > 1 else weights[0])
-        there = [bias for bias in biases if bias is not None]
+        there = [bias.detach() for bias in biases if bias is not None]
         self.bias = torch.cat(there) if there else None
         self._x: Tensor | None = None
         self._parts: list[Tensor | None] = []
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The weight in oneDNN's blocks and, if there is one, the bias."""
+        return [self.packed] if self.bias is None else [self.packed, self.bias]
+
+    @tensors.setter
+    def tensors(self, tensors: list[Tensor]) -> None:
+        self.packed, *bias = tensors
+        if bias:
+            (self.bias,) = bias
 
     def part(self, x: Tensor, index: int) -> Tensor:
         """What linear number `index` makes of x; the product is made when the first of them asks."""
