@@ -20,7 +20,7 @@ from transformers import Cache
 
 from foretell.errors import ForetellError
 from foretell.gated_lora import LowRank
-from foretell.packed import PackedLinear
+from foretell.packed import PackedLinear, product
 
 OPTIONS = {
     "cpp_wrapper": True,  # what calls the kernels and products is C++ as well: half of what there is to gain
@@ -64,9 +64,14 @@ class Parts:
     def packed(self) -> list[PackedLinear]:
         return [module for module in self.block.modules() if isinstance(module, PackedLinear)]
 
+    @cached_property
+    def low(self) -> list[tuple[Tensor, Tensor]]:
+        """A and B of every adapter, packed where that is faster."""
+        return [adapter.packed() or (adapter.a, adapter.b) for _, adapter in self.adapters]
+
     def weights(self, masks: bool) -> list[Tensor]:
         """What the graph takes first; the adapter's matrices only where there are masks."""
-        low = [matrix for _, adapter in self.adapters for matrix in (adapter.a, adapter.b)] if masks else []
+        low = [matrix for pair in self.low for matrix in pair] if masks else []
         return [*self.own.values(), *(linear.packed for linear in self.packed), *low]
 
     @property
@@ -195,8 +200,8 @@ def _of_tensors(parts: Parts, call: Call, masks: bool) -> Callable[..., tuple[Te
         args, kwargs = _replaced((call.args, call.kwargs), iter(given), stand_in)
         regular = gate[0].shape[0] - 1 if gate else 0
         hooks = [
-            module.register_forward_hook(_adapted(a, b, adapter.scale, regular))
-            for (module, adapter), a, b in zip(adapters, low[::2], low[1::2], strict=True)
+            module.register_forward_hook(_adapted(a, b, adapter.scale, regular, real[0].is_mkldnn))
+            for (module, adapter), real, a, b in zip(adapters, parts.low, low[::2], low[1::2], strict=bool(adapters))
         ]
         try:
             with _packed_as(parts.packed, packed):
@@ -212,13 +217,16 @@ def _of_tensors(parts: Parts, call: Call, masks: bool) -> Callable[..., tuple[Te
     return lambda *tensors: (latents(*tensors),)
 
 
-def _adapted(a: Tensor, b: Tensor, scale: float, regular: int) -> Callable[..., Any]:
+def _adapted(a: Tensor, b: Tensor, scale: float, regular: int, packed: bool) -> Callable[..., Any]:
     """A hook that adapts the rows from `regular` on, of one sequence."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         whole = output[0] if isinstance(output, tuple) else output
         x, out = args[0].reshape(-1, args[0].shape[-1]), whole.reshape(-1, whole.shape[-1])
-        adapted = torch.addmm(out[regular:], x[regular:] @ a.t(), b.t(), alpha=scale)
+        if packed:
+            adapted = out[regular:].add(product(product(x[regular:], a), b), alpha=scale)
+        else:
+            adapted = torch.addmm(out[regular:], x[regular:] @ a.t(), b.t(), alpha=scale)
         out = torch.cat([out[:regular], adapted]).view(whole.shape)
         return (out, *output[1:]) if isinstance(output, tuple) else out
 
@@ -244,9 +252,6 @@ def packed_product() -> Any:
     from torch._inductor.ir import TensorBox
     from torch._inductor.lowering import register_lowering
     from torch._inductor.mkldnn_ir import LinearUnary
-
-    def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
 
     def shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return x.new_empty((*x.shape[:-1], weight.shape[0]))
