@@ -156,11 +156,14 @@ def compile_block(
     mode = FakeTensorMode(shape_env=environment)
 
     def fake(like: Tensor, *open_dimensions: int) -> Tensor:
-        strides = {} if like.is_mkldnn or open_dimensions else {"stride": like.stride()}
-        make = torch.empty_strided if strides else torch.empty
-        kinds = [DimDynamic.DYNAMIC if d in open_dimensions else DimDynamic.STATIC for d in range(like.ndim)]
-        context = StatelessSymbolicContext(dynamic_sizes=kinds)
-        return mode.from_tensor(make(tuple(like.shape), **strides, dtype=like.dtype), symbolic_context=context)
+        shape = tuple(like.shape)
+        if like.is_mkldnn or open_dimensions:
+            example = torch.empty(shape, dtype=like.dtype)
+        else:
+            example = torch.empty_strided(shape, like.stride(), dtype=like.dtype)
+        sizes = [DimDynamic.DYNAMIC if d in open_dimensions else DimDynamic.STATIC for d in range(like.ndim)]
+        context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
+        return mode.from_tensor(example, symbolic_context=context)
 
     masks = regular is not None
     with torch.inference_mode(False), torch.no_grad():
@@ -172,7 +175,7 @@ def compile_block(
         width = [fake(torch.empty(rows, dtype=torch.long), *([0] if rows > 1 else []))]
         seen, gate = fake(torch.empty(columns), 0), fake(torch.empty((regular or 0) + 1), 0)
         written = [fake(keys, 2), fake(keys, 2)]
-        inputs = [*weights, *given, *written, *width, seen, *([gate] if masks else [])]
+        inputs: list[Any] = [*weights, *given, *written, *width, seen, *([gate] if masks else [])]
         with mode:
             graph = make_fx(_of_tensors(parts, first, masks))(*inputs)
         for node in graph.graph.nodes:
@@ -262,7 +265,7 @@ def packed_product() -> Any:
     torch.library.register_fake("foretell::packed_product", shape, lib=library)
     operator = torch.ops.foretell.packed_product.default
 
-    @register_lowering(operator, type_promotion_kind=None)  # type: ignore[untyped-decorator]
+    @register_lowering(operator, type_promotion_kind=None)
     def lower(x: Any, weight: Any, bias: Any) -> Any:
         return TensorBox.create(LinearUnary.create(x, weight, bias, "none", [], ""))
 
