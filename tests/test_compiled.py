@@ -10,13 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from typer.testing import CliRunner
 
 import foretell
-from foretell import compiled
+from foretell import cli, compiled
 from foretell.base import Base
 from foretell.block_graph import Call, Parts
-from foretell.cli import app
 from foretell.compiled import CompiledBlock, Form
 from foretell.config import STRATEGIES, MTPConfig
 from foretell.decoding.compiling import compile_steps
@@ -77,9 +75,6 @@ def test_every_strategy_writes_the_bases_text() -> None:
     assert decode(model, prompts, "quadratic", 30, replayed=texts).texts == texts
     assert decode(model, prompts[:1], "linear", 30, replayed=texts[:1]).texts == texts[:1]
     assert model.base.fingerprint() == before
-    # A copy of the base is the base.
-    twin = Base(copy.deepcopy(model.base.lm))
-    assert not any(isinstance(module, CompiledBlock) for module in twin.modules())
 
 
 def wrong(parts: Parts, calls: Sequence[Call], keys: Tensor, columns: int, regular: int | None) -> Callable[..., Any]:
@@ -106,17 +101,29 @@ def test_what_compiles_wrongly_or_not_at_all_stays_eager(
     assert decode(model, [random_prompt(9)], "quadratic", 12, replayed=[expected]).texts == [expected]
 
 
+def test_a_copy_of_the_base_holds_its_own_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "why_not", lambda base, adapter: None)
+    model = tiny_model()
+    compiled.CompiledSteps(model.base, model.adapter)
+    twin = copy.deepcopy(model.base.lm)
+    assert any(isinstance(module, CompiledBlock) for module in model.base.modules())
+    assert not any(isinstance(module, CompiledBlock) for module in twin.modules())
+    assert reference(twin, random_prompt(9), 12) == reference(tiny_lm(), random_prompt(9), 12)
+
+
 def test_an_ungated_adapter_is_not_compiled() -> None:
     model = tiny_model(adapter="standard")
     assert "its adapter is not gated" in (compile_steps(model) or "")
 
 
-def test_without_a_compiler_it_warns_and_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_it_warns_and_decodes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(compiled, "why_not", lambda base, adapter: "there is no C++ compiler; install g++ or clang++")
     with pytest.warns(RuntimeWarning, match="goes on without compiled steps: there is no C\\+\\+ compiler"):
         model = foretell.load(device="cpu", compiled=True)
-    assert model.compiled is None and model.generate("def add(a, b):", max_new_tokens=4).new_tokens == 4
-    out = CliRunner().invoke(
-        app, ["generate", "-p", "def add(a, b):", "--max-new-tokens", "4", "--device", "cpu", "--compiled"]
-    )
-    assert out.exit_code == 0 and "goes on without compiled steps: there is no C++ compiler" in out.stderr
+    assert model.compiled is None and model.generate("def f", strategy="linear", max_new_tokens=4).new_tokens == 4
+    capsys.readouterr()
+    few = ["--max-new-tokens", "4", "--strategy", "linear"]
+    assert cli.main(["generate", "-p", "def f", *few, "--device", "cpu", "--compiled"]) == 0
+    assert "goes on without compiled steps: there is no C++ compiler" in capsys.readouterr().err

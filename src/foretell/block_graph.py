@@ -20,7 +20,7 @@ from transformers import Cache
 
 from foretell.errors import ForetellError
 from foretell.gated_lora import LowRank
-from foretell.packed import PackedLinear, PackedProduct
+from foretell.packed import PackedLinear, PackedProduct, product
 
 OPTIONS = {
     "cpp_wrapper": True,  # what calls the kernels and products is C++ as well: half of what there is to gain
@@ -65,10 +65,15 @@ class Parts:
         linears = (module for module in self.block.modules() if isinstance(module, PackedLinear))
         return list(dict.fromkeys(linear.product for linear in linears))
 
+    @cached_property
+    def low(self) -> list[tuple[Tensor, Tensor]]:
+        """A and B of every adapter, packed where that is faster."""
+        return [adapter.packed() or (adapter.a, adapter.b) for _, adapter in self.adapters]
+
     def weights(self, masks: bool) -> list[Tensor]:
         """What the graph takes first; the adapter's matrices only where there are masks."""
-        low = [matrix for _, adapter in self.adapters for matrix in (adapter.a, adapter.b)] if masks else []
-        return [*self.own.values(), *(tensor for product in self.packed for tensor in product.tensors), *low]
+        low = [matrix for pair in self.low for matrix in pair] if masks else []
+        return [*self.own.values(), *(tensor for own in self.packed for tensor in own.tensors), *low]
 
     @property
     def kind(self) -> tuple[Any, ...]:
@@ -152,11 +157,14 @@ def compile_block(
     mode = FakeTensorMode(shape_env=environment)
 
     def fake(like: Tensor, *open_dimensions: int) -> Tensor:
-        strides = {} if like.is_mkldnn or open_dimensions else {"stride": like.stride()}
-        make = torch.empty_strided if strides else torch.empty
-        kinds = [DimDynamic.DYNAMIC if d in open_dimensions else DimDynamic.STATIC for d in range(like.ndim)]
-        context = StatelessSymbolicContext(dynamic_sizes=kinds)
-        return mode.from_tensor(make(tuple(like.shape), **strides, dtype=like.dtype), symbolic_context=context)
+        shape = tuple(like.shape)
+        if like.is_mkldnn or open_dimensions:
+            example = torch.empty(shape, dtype=like.dtype)
+        else:
+            example = torch.empty_strided(shape, like.stride(), dtype=like.dtype)
+        sizes = [DimDynamic.DYNAMIC if d in open_dimensions else DimDynamic.STATIC for d in range(like.ndim)]
+        context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
+        return mode.from_tensor(example, symbolic_context=context)
 
     masks = regular is not None
     with torch.inference_mode(False), torch.no_grad():
@@ -168,7 +176,7 @@ def compile_block(
         width = [fake(torch.empty(rows, dtype=torch.long), *([0] if rows > 1 else []))]
         seen, gate = fake(torch.empty(columns), 0), fake(torch.empty((regular or 0) + 1), 0)
         written = [fake(keys, 2), fake(keys, 2)]
-        inputs = [*weights, *given, *written, *width, seen, *([gate] if masks else [])]
+        inputs: list[Any] = [*weights, *given, *written, *width, seen, *([gate] if masks else [])]
         with mode:
             graph = make_fx(_of_tensors(parts, first, masks))(*inputs)
         for node in graph.graph.nodes:
@@ -201,8 +209,8 @@ def _of_tensors(parts: Parts, call: Call, masks: bool) -> Callable[..., tuple[Te
         args, kwargs = _replaced((call.args, call.kwargs), iter(given), stand_in)
         regular = gate[0].shape[0] - 1 if gate else 0
         hooks = [
-            module.register_forward_hook(_adapted(a, b, adapter.scale, regular))
-            for (module, adapter), a, b in zip(adapters, low[::2], low[1::2], strict=True)
+            module.register_forward_hook(_adapted(a, b, adapter.scale, regular, real[0].is_mkldnn))
+            for (module, adapter), real, a, b in zip(adapters, parts.low, low[::2], low[1::2], strict=bool(adapters))
         ]
         try:
             with _packed_as(parts.packed, packed):
@@ -218,13 +226,16 @@ def _of_tensors(parts: Parts, call: Call, masks: bool) -> Callable[..., tuple[Te
     return lambda *tensors: (latents(*tensors),)
 
 
-def _adapted(a: Tensor, b: Tensor, scale: float, regular: int) -> Callable[..., Any]:
+def _adapted(a: Tensor, b: Tensor, scale: float, regular: int, packed: bool) -> Callable[..., Any]:
     """A hook that adapts the rows from `regular` on, of one sequence."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         whole = output[0] if isinstance(output, tuple) else output
         x, out = args[0].reshape(-1, args[0].shape[-1]), whole.reshape(-1, whole.shape[-1])
-        adapted = torch.addmm(out[regular:], x[regular:] @ a.t(), b.t(), alpha=scale)
+        if packed:
+            adapted = out[regular:].add(product(product(x[regular:], a), b), alpha=scale)
+        else:
+            adapted = torch.addmm(out[regular:], x[regular:] @ a.t(), b.t(), alpha=scale)
         out = torch.cat([out[:regular], adapted]).view(whole.shape)
         return (out, *output[1:]) if isinstance(output, tuple) else out
 
@@ -252,9 +263,6 @@ def packed_product() -> Any:
     from torch._inductor.lowering import register_lowering
     from torch._inductor.mkldnn_ir import LinearUnary
 
-    def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
-
     def shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
@@ -264,7 +272,7 @@ def packed_product() -> Any:
     torch.library.register_fake("foretell::packed_product", shape, lib=library)
     operator = torch.ops.foretell.packed_product.default
 
-    @register_lowering(operator, type_promotion_kind=None)  # type: ignore[untyped-decorator]
+    @register_lowering(operator, type_promotion_kind=None)
     def lower(x: Any, weight: Any, bias: Any) -> Any:
         return TensorBox.create(LinearUnary.create(x, weight, bias, "none", [], ""))
 
