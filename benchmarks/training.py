@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from foretell.training.batches import Batch, generator, make_batch
 from foretell.training.data import Example
 from foretell.training.losses import Totals
 from foretell.training.step import Latents, Stepper, all_losses, make_plan
-from foretell.training.two_pass import groups_needed, one_pass
+from foretell.training.two_pass import anchor_groups, groups_needed, one_pass
 
 RESULTS = Path(__file__).parent / "results"
 FORMS = ("one pass", "one pass, checkpointing", "two passes", "two passes, smaller groups")
@@ -63,16 +64,29 @@ class Steps:
         self.totals = Totals.of(self.plan.target, self.batch.trained, self.weights)
 
     def step(self, form: str) -> tuple[float, float]:
-        """Seconds of the whole step, and, of one pass, of its losses; gradients are then thrown away."""
+        """Seconds of the whole step and of its losses; gradients are then thrown away."""
         start, stepper = self._now(), self.steppers[form]
         if form.startswith("one"):
             losses = self._one_pass(stepper)
         else:
-            groups, losses = groups_needed(self.model, self.plan.anchors, stepper.config.gradient_checkpointing), 0.0
-            stepper.gradients(self.batch, self.plan, self.weights, self.totals, groups)
+            groups = groups_needed(self.model, self.plan.anchors, stepper.config.gradient_checkpointing)
+            _, latents = stepper.gradients(self.batch, self.plan, self.weights, self.totals, groups)
         end = self._now()
+        if not form.startswith("one"):
+            losses = self._losses_again(stepper, latents, groups)
         self.model.zero_grad(set_to_none=True)
         return end - start, losses
+
+    def _losses_again(self, stepper: Stepper, latents: Latents, groups: int) -> float:
+        """Seconds of the losses of a step in two passes, which takes them group by group."""
+        start = self._now()
+        for which in anchor_groups(latents.anchors.shape[1], groups):
+            plan = self.plan.of_blocks(which)
+            z_masks = latents.z_masks[:, which].clone().requires_grad_()
+            part = Latents(z_masks, latents.z, plan.target, plan.anchors, plan.valid)
+            with stepper.autocast():
+                all_losses(self.model, self.batch, part, stepper.config, self.weights, self.totals)
+        return self._now() - start
 
     def _one_pass(self, stepper: Stepper) -> float:
         """Checkpointed, if at all, by layer, as transformers does it; the layers' second run needs the gate open."""
@@ -99,34 +113,29 @@ class Steps:
 
 
 def speed(args: argparse.Namespace) -> dict[str, Any]:
-    """Alternating rounds after a warm-up of each form; ratios are taken within a round."""
+    """Alternating rounds after a warm-up; ratios are taken within a round."""
     steps = Steps(args, args.anchors)
-    rounds: dict[str, list[tuple[float, float]]] = {form: [] for form in FORMS}
-    for number in range(args.rounds + 1):
-        for form in FORMS:
-            seconds = steps.step(form)
-            if number:
-                rounds[form].append(seconds)
+    rounds: dict[str, list[tuple[float, float]]] = {form: [] for form in args.forms}
+    steps.step(args.forms[-1])
+    for number in range(1, args.rounds + 1):
+        for form in args.forms:
+            rounds[form].append(steps.step(form))
         say(f"speed: round {number} of {args.rounds}")
     tokens, found = args.tokens * args.batch, {}
-    of_losses = statistics.median(losses for _, losses in rounds["one pass"])
     deeper = steps.depth / steps.layers
+    deep = {form: [losses + deeper * (whole - losses) for whole, losses in own] for form, own in rounds.items()}
     for form, own in rounds.items():
-        seconds = [whole for whole, _ in own]
-        whole = [of_losses + deeper * (one - of_losses) for one in seconds]
-        against = FORMS[1] if "," in form else FORMS[0]  # like with like
         found[form] = {
-            "seconds": summary(seconds),
-            "tokens_per_second": summary([tokens / one for one in whole]),
-            "seconds_at_full_depth": summary(whole),
-            "of_them_losses": of_losses,
+            "seconds": summary([whole for whole, _ in own]),
+            "of_them_losses": summary([losses for _, losses in own]),
+            "seconds_at_full_depth": summary(deep[form]),
+            "tokens_per_second": summary([tokens / whole for whole in deep[form]]),
         }
+        against = FORMS[1] if "," in form else FORMS[0]  # like with like
         for name, other in (("times_one_pass", FORMS[0]), ("times_one_pass_alike", against)):
-            times = [
-                (of_losses + deeper * (first - of_losses)) / second
-                for (first, _), second in zip(rounds[other], whole, strict=True)
-            ]
-            found[form][name] = summary(times)
+            times = [first / second for first, second in zip(deep.get(other, []), deep[form], strict=False)]
+            if times:
+                found[form][name] = summary(times)
     return found
 
 
@@ -173,8 +182,10 @@ def show(run: dict[str, Any]) -> list[Table]:
     memory, most = run.get("memory", {}), str(run["anchors"])
     for form, own in run.get("speed", {}).items():
         bytes_, whole = (memory.get(name, {}).get(most) for name in (form, FORMS[0]))
-        cells = [spread(own[name]) for name in columns.values()]
-        first.add_row(form, *cells, f"{bytes_ / 2**20:.0f}" if bytes_ else "", f"{bytes_ / whole:.2f}" if whole else "")
+        cells = [spread(own[name]) if name in own else "" for name in columns.values()]
+        first.add_row(
+            form, *cells, f"{bytes_ / 2**20:.0f}" if bytes_ else "", f"{bytes_ / whole:.2f}" if bytes_ and whole else ""
+        )
     second = Table(title="peak MiB over the loaded model by number of anchors")
     second.add_column("form")
     for count in next(iter(memory.values()), {}):
@@ -193,6 +204,7 @@ def say(line: str) -> None:
 
 
 def main() -> None:
+    warnings.filterwarnings("ignore", category=FutureWarning)  # the checkpointing's new name is newer than our oldest
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=tuple(SHAPES), default="135M")
     parser.add_argument("--layers", type=int, help="only so many of them, where memory or time forbids all [all]")
@@ -207,15 +219,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="alternating rounds; the median counts")
     parser.add_argument("--part", choices=("all", "speed", "memory"), default="all", help="the other part is kept")
     parser.add_argument("--counts", type=int, nargs="+", help="anchors whose peak is measured [1/4, 1/2 and all]")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="those to measure [all]")
     parser.add_argument("--form", choices=FORMS, help="only print the peak bytes of one step of this form")
     parser.add_argument("--output", type=Path, default=RESULTS / "training.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.anchors = args.anchors or args.tokens // 4
+    args.layers = args.layers or SHAPES[args.shape]["num_hidden_layers"]
     if args.form:
         print(own_peak(args))
         return
-    args.layers = args.layers or SHAPES[args.shape]["num_hidden_layers"]
     named = ("shape", "layers", "dtype", "threads", "tokens", "batch", "anchors", "masks", "rank", "rounds")
     device = resolve_device(args.device)
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
@@ -235,8 +248,8 @@ def main() -> None:
         run["speed"] = speed(args)
         write()
     if args.part != "speed":
-        memory = run["memory"] = {form: {} for form in FORMS}
-        for form in FORMS:
+        memory = run["memory"] = {form: {} for form in args.forms}
+        for form in args.forms:
             for count in args.counts or (args.anchors // 4, args.anchors // 2, args.anchors):
                 memory[form][str(count)] = peak(args, form, count)
                 write()
