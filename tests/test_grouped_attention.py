@@ -28,6 +28,13 @@ def test_as_transformers_own(groups: int, masks: int) -> None:
     found, _ = grouped_attention(module, query, key, value, mask, scaling=0.3, sliding_window=None)
     torch.testing.assert_close(found, expected)
     assert not torch.allclose(found, grouped_attention(module, query, key, value, mask * 0, scaling=0.3)[0])
+    inputs = [tensor.requires_grad_() for tensor in (query, key, value)]  # trained: another kernel, the same gradients
+    ours, _ = grouped_attention(module, *inputs, mask, scaling=0.3)
+    theirs, _ = sdpa_attention_forward(module, *inputs, mask, scaling=0.3)
+    change = torch.randn_like(ours)
+    pairs = zip(torch.autograd.grad(ours, inputs, change), torch.autograd.grad(theirs, inputs, change), strict=True)
+    for one, two in pairs:
+        torch.testing.assert_close(one, two)
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -19,8 +19,17 @@ from foretell.config import MTPConfig, TrainConfig
 from foretell.errors import ForetellError
 from foretell.gated_lora import adapted_linears
 from foretell.model import MTPModel
-from foretell.training.losses import mtp_losses, targets
-from foretell.training.two_pass import blocks_together, mask_pass, one_pass, regular_pass
+from foretell.training.batches import Batch
+from foretell.training.losses import Totals, mtp_losses, targets
+from foretell.training.step import Stepper, make_plan
+from foretell.training.two_pass import (
+    anchor_groups,
+    blocks_together,
+    groups_needed,
+    mask_pass,
+    one_pass,
+    regular_pass,
+)
 
 SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -207,3 +216,66 @@ def test_bases_with_tables_of_positions_or_of_past_columns(kind: str) -> None:
     if kind == "gpt_neo":
         with pytest.raises(ForetellError, match=f"give --seq-len {len(IDS) + K}"):
             blocks_together(model, len(IDS) + 2 * K - 1)
+
+
+def two_rows() -> Batch:
+    ids = torch.tensor([IDS, IDS[::-1]])
+    everything = torch.ones_like(ids, dtype=torch.bool)
+    valid = torch.tensor([[True] * 4, [False, True, True, True]])
+    return Batch(ids, everything, everything, torch.tensor([ANCHORS, [0, 0, 3, 8]]), valid)
+
+
+@pytest.mark.parametrize("groups", [2, 3, 4, 6])
+@pytest.mark.parametrize("settings", [{"offset_weights": "acceptance"}, {"base_objective": "kl", "masks_warmup": 9}])
+def test_groups_of_blocks_add_up_to_all_together(groups: int, settings: dict[str, object]) -> None:
+    """Masks of different groups share positions, so neither means nor counts may be a group's own; 6: two are empty."""
+    model, batch, weights = tiny_model(), two_rows(), torch.tensor([1.0, 0.5, 0.2])
+    config = TrainConfig(lcm_weight=2.0, **settings)  # type: ignore[arg-type]
+    stepper, plan = Stepper(model, config), make_plan(model, batch, config, 5)
+    totals = Totals.of(plan.target, batch.trained, weights)
+    expected, whole = stepper.gradients(batch, plan, weights, totals, 1)
+    slow = gradients(model)
+    found, parts = stepper.gradients(batch, plan, weights, totals, groups)
+    fast = gradients(model)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    torch.testing.assert_close(parts.z_masks, whole.z_masks, atol=1e-5, rtol=1e-5)
+    for name, gradient in slow.items():
+        assert gradient.abs().max() > 1e-6, name
+        torch.testing.assert_close(fast[name], gradient, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_activations_of_one_group_are_all_that_is_held() -> None:
+    model, batch = tiny_model(), two_rows()
+    stepper, plan, weights = Stepper(model, TrainConfig()), make_plan(model, batch), torch.ones(K)
+    totals, held, most = Totals.of(plan.target, batch.trained, weights), 0, 0
+
+    class Kept:
+        def __init__(self, tensor: torch.Tensor) -> None:
+            nonlocal held, most
+            self.tensor = tensor
+            held += tensor.numel()
+            most = max(most, held)
+
+        def __del__(self) -> None:
+            nonlocal held
+            held -= self.tensor.numel()
+
+    peaks = {}
+    for groups in (1, 4):
+        most = 0
+        with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+            stepper.gradients(batch, plan, weights, totals, groups)
+        assert held == 0
+        peaks[groups] = most
+    assert peaks[4] < 0.6 * peaks[1], "parameters and the past are saved by every group"
+
+
+def test_how_blocks_are_grouped() -> None:
+    assert anchor_groups(7, 3) == [slice(0, 2), slice(2, 4), slice(4, 7)]
+    assert [which.stop - which.start for which in anchor_groups(2, 3)] == [0, 1, 1]
+    model = tiny_model()
+    anchors = torch.zeros(2, 200, dtype=torch.long)
+    assert groups_needed(model, anchors) == -(-200 // (256 // (2 * K)))
+    assert groups_needed(model, anchors, checkpointing=True) == -(-200 // (64 // (2 * K)))

@@ -184,7 +184,7 @@ class TrainConfig(Config):
     seed: int = option(0, "seed of initialisation, data order and anchors", minimum=0)
     dtype: str = option("float32", "precision of the base's weights and of autocast", choices=DTYPES)
     gradient_checkpointing: bool = option(
-        False, "compute the mask rows again for their gradients instead of keeping them: less memory, more time"
+        False, "hold the activations of a quarter as many mask rows at a time: less memory, more time"
     )
     shard_base: bool = option(
         False, "with several processes, each keeps a share of the base's blocks: for a base too large for one GPU"

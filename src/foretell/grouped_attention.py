@@ -44,6 +44,12 @@ def grouped_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    if query.requires_grad and query.device.type == "cpu":
+        # A stacked mask would be kept for the backward in every layer; torch's kernel for the CPU knows groups itself.
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=True
+        )
+        return out.transpose(1, 2).contiguous(), None
     stacked = query.reshape(batch, -1, groups * rows, size)
     mask = attention_mask
     if mask is not None:

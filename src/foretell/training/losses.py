@@ -23,6 +23,11 @@ class Targets(NamedTuple):
     previous: Tensor  # (B, A, K) int64: x_{i+j}, the token before the label
     positions: Tensor  # (B, A, K) int64: i + j, where the base predicts the same token
     valid: Tensor  # (B, A, K) bool: the label exists and it and all tokens since the anchor are trained
+    sharing: Tensor  # (B, A, K) int64: valid masks of all blocks at that position; they predict the same token
+
+    def of_blocks(self, which: slice) -> Targets:
+        """What some of the blocks are to predict; they still share positions with the others."""
+        return Targets(*(tensor[:, which] for tensor in self))
 
 
 def targets(
@@ -45,7 +50,8 @@ def targets(
     valid = reached.long().cumprod(-1).bool() & anchor_valid[:, :, None]
     if lengths is not None:
         valid &= offsets <= lengths[:, :, None]
-    return Targets(at(ids, ahead + 1), at(ids, ahead), ahead, valid)
+    rows = _rows_of_z(ahead, last + 1)
+    return Targets(at(ids, ahead + 1), at(ids, ahead), ahead, valid, _sharing(rows, rows[valid]))
 
 
 class Totals(NamedTuple):
@@ -64,34 +70,39 @@ class Totals(NamedTuple):
     def of(cls, target: Targets, trained: Tensor, weights: Tensor) -> Totals:
         """Of some of the sequences: target, trained (B, N) bool and weights (K,) fp32 by offset."""
         weight = weights.expand_as(target.valid)[target.valid]
-        share = weight / _sharing(rows_of_z(target, trained.shape[1])[target.valid])
+        share = weight / target.sharing[target.valid]
         return cls(weight.sum(), share.sum(), trained[:, 1:].sum().float())
 
 
-def rows_of_z(target: Targets, tokens: int) -> Tensor:
-    """(B, A, K) int64: each mask's row among the B * tokens latents of the regular tokens."""
-    batch = torch.arange(len(target.positions), device=target.positions.device)
-    return batch[:, None, None] * tokens + target.positions
+def _rows_of_z(positions: Tensor, tokens: int) -> Tensor:
+    """positions (B, A, K) int64 -> each mask's row among the B * tokens latents of the regular tokens."""
+    batch = torch.arange(len(positions), device=positions.device)
+    return batch[:, None, None] * tokens + positions
 
 
-def _sharing(at: Tensor) -> Tensor:
-    """at (R,) int64 -> (R,): how many have the same value."""
-    return torch.bincount(at)[at]
+def _sharing(at: Tensor, counted: Tensor) -> Tensor:
+    """at and counted int64 -> like at: how many of `counted` have that value."""
+    return torch.bincount(counted, minlength=int(at.max()) + 1)[at]
 
 
 def latent_consistency(
-    z_masks: Tensor, z: Tensor, at: Tensor, weights: Tensor | None = None, total: Tensor | None = None
+    z_masks: Tensor,
+    z: Tensor,
+    at: Tensor,
+    weights: Tensor | None = None,
+    total: Tensor | None = None,
+    sharing: Tensor | None = None,
 ) -> Tensor:
     """Mean over NTP positions of the mean squared distance to the masks that share the position.
 
     z_masks (R, D); z (P, D), used as a constant; at (R,) int64: each mask's row of z. Mean over D. Zero without rows.
     With weights (R,) the means are weighted, a position counting as much as its masks do. `total` () is the number of
-    positions, so counted, where these are not all.
+    positions, so counted, and sharing (R,) of the masks at each one's position, where these are not all.
     """
     if not at.numel():
         return z_masks.sum()
     error = (z_masks.float() - z.detach()[at].float()).square().mean(-1)
-    share = (1 if weights is None else weights) / _sharing(at)
+    share = (1 if weights is None else weights) / (_sharing(at, at) if sharing is None else sharing)
     return (error * share).sum() / (share.sum() if total is None else total)
 
 
@@ -114,7 +125,7 @@ def mtp_losses(
     unembed, vocabulary = model.base.unembed, model.base.vocab_size
     valid = target.valid
     masks, labels, known = z_masks[valid], target.labels[valid], z.detach().flatten(0, 1)
-    at = rows_of_z(target, z.shape[1])[valid]
+    at = _rows_of_z(target.positions, z.shape[1])[valid]
     weight = None if weights is None else weights.expand_as(valid)[valid]
 
     def loss(latents: Tensor, objective: str) -> Tensor:
@@ -129,7 +140,7 @@ def mtp_losses(
         losses["sampler"] = loss(draft, config.sampler_objective)
         total = total + config.sampler_weight * losses["sampler"]
     if config.lcm_weight:
-        lcm = latent_consistency(masks, known, at, weight, totals and totals.positions)
+        lcm = latent_consistency(masks, known, at, weight, totals and totals.positions, target.sharing[valid])
         if config.lcm_normalised:
             lcm = lcm / (variance(z[real]) if totals is None or totals.variance is None else totals.variance)
         losses["lcm"] = lcm

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from accelerate.utils import reduce
+from accelerate.utils import gather, reduce
 from torch import Tensor
 
 from foretell.config import TrainConfig
@@ -18,7 +18,7 @@ from foretell.training.batches import Batch
 from foretell.training.losses import Targets, Totals, mtp_losses, targets, variance
 from foretell.training.objectives import cross_entropy
 from foretell.training.offsets import Held, block_lengths, offset_weights
-from foretell.training.two_pass import Regular, mask_pass, one_pass, regular_pass
+from foretell.training.two_pass import Regular, anchor_groups, groups_needed, mask_pass, one_pass, regular_pass
 
 # Constant, so that a resumed training needs no state of it; steps whose gradients overflow are left out.
 FP16_LOSS_SCALE = 1024.0
@@ -44,6 +44,14 @@ class Plan(NamedTuple):
     target: Targets
     regular: Regular | None  # of the first pass, where the choice of anchors needed it
 
+    def of_blocks(self, which: slice) -> Plan:
+        """For some of the blocks. Without any left: the first one, of which then no mask has a label."""
+        if which.start == which.stop:
+            first = self.of_blocks(slice(0, 1))
+            return first._replace(target=first.target._replace(valid=torch.zeros_like(first.target.valid)))
+        lengths = None if self.lengths is None else self.lengths[:, which]
+        return Plan(self.anchors[:, which], self.valid[:, which], lengths, self.target.of_blocks(which), self.regular)
+
 
 def make_plan(model: MTPModel, batch: Batch, config: TrainConfig | None = None, number: int = 0) -> Plan:
     """At step `number` of a training by `config` blocks may be short, anchors left out; without one all are whole."""
@@ -60,15 +68,15 @@ def make_plan(model: MTPModel, batch: Batch, config: TrainConfig | None = None, 
     return Plan(anchors, valid, lengths, target, regular)
 
 
-def forward(model: MTPModel, batch: Batch, plan: Plan | None = None, checkpointing: bool = False) -> Latents:
+def forward(model: MTPModel, batch: Batch, plan: Plan | None = None) -> Latents:
     """Two passes with the gate; one pass for the ungated baseline, whose regular tokens depend on the adapter.
 
-    `plan` defaults to whole blocks after all anchors; `checkpointing` as in `mask_pass`.
+    `plan` defaults to whole blocks after all anchors.
     """
     anchors, valid, lengths, target, regular = plan or make_plan(model, batch)
     if model.adapter.gated:
         regular = regular or regular_pass(model, batch.ids, batch.starts)
-        z_masks = mask_pass(model, anchors, regular, lengths=lengths, starts=batch.starts, checkpointing=checkpointing)
+        z_masks = mask_pass(model, anchors, regular, lengths=lengths, starts=batch.starts)
         z = regular.z
     else:
         z, z_masks = one_pass(model, batch.ids, anchors, lengths, batch.starts)
@@ -169,14 +177,9 @@ class Stepper:
             plans = [plan._replace(regular=None) for plan in plans]
         scale = FP16_LOSS_SCALE if self.dtype == torch.float16 else 1.0
         losses: dict[str, Tensor] = {}
-        for batch, plan in zip(batches, plans, strict=True):
-            with self.autocast():
-                latents = forward(self.model, batch, plan, self.config.gradient_checkpointing)
-                terms = all_losses(self.model, batch, latents, self.config, weights, totals)
-            (terms["loss"] * scale).backward()
-            for name, value in terms.items():
-                losses[name] = losses[name] + value.detach() if name in losses else value.detach()
-            latents = latents._replace(z_masks=latents.z_masks.detach(), z=latents.z.detach())
+        for batch, plan, groups in zip(batches, plans, self._groups(plans), strict=True):
+            terms, latents = self.gradients(batch, plan, weights, totals, groups, scale)
+            losses = {name: losses[name] + value if name in losses else value for name, value in terms.items()}
         if self.processes > 1:
             self._sum_gradients()
             losses = {name: reduce(value, reduction="sum") for name, value in losses.items()}
@@ -199,6 +202,45 @@ class Stepper:
         if "held" in losses:
             self.held.update(losses.pop("held"))
         return losses, latents
+
+    def gradients(
+        self,
+        batch: Batch,
+        plan: Plan,
+        weights: Tensor,
+        totals: Totals,
+        groups: int,
+        scale: float = 1.0,
+    ) -> tuple[dict[str, Tensor], Latents]:
+        """Adds those of one micro-batch's loss times `scale`; returns its losses and latents, without gradient.
+
+        With the gate nothing that blocks share has a gradient and the loss is a sum over them: they go forward and
+        backward in `groups`, one after the other, and never more than one group's activations are held.
+        """
+        if not self.model.adapter.gated:
+            groups = 1
+        elif plan.regular is None:
+            with self.autocast():
+                plan = plan._replace(regular=regular_pass(self.model, batch.ids, batch.starts))
+        losses: dict[str, Tensor] = {}
+        parts = []
+        for which in anchor_groups(plan.anchors.shape[1], groups):
+            with self.autocast():
+                part = forward(self.model, batch, plan.of_blocks(which))
+                terms = all_losses(self.model, batch, part, self.config, weights, totals)
+            (terms["loss"] * scale).backward()
+            for name, value in terms.items():
+                losses[name] = losses[name] + value.detach() if name in losses else value.detach()
+            parts.append(part.z_masks[:, : which.stop - which.start].detach())
+        return losses, Latents(torch.cat(parts, dim=1), part.z.detach(), plan.target, plan.anchors, plan.valid)
+
+    def _groups(self, plans: Sequence[Plan]) -> list[int]:
+        """Groups of blocks per micro-batch; alike in all processes, which with a sharded base run the same forwards."""
+        wanted = [groups_needed(self.model, plan.anchors, self.config.gradient_checkpointing) for plan in plans]
+        if self.processes == 1:
+            return wanted
+        all_wanted = gather(torch.tensor([wanted], device=self.model.base.device))
+        return [int(count) for count in all_wanted.amax(0)]
 
     def _totals(self, batches: Sequence[Batch], plans: Sequence[Plan], weights: Tensor) -> Totals:
         """Over all micro-batches of all processes."""

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
@@ -20,8 +19,9 @@ from foretell.errors import ForetellError
 from foretell.model import MTPModel
 
 BLOCKS_TOGETHER = 16
-MASKS_AT_ONCE = 1024  # where there are as many: fewer leave the machine idle
-CHECKPOINTED_AT_ONCE = 256  # whose activations are then all that is held
+MASKS_AT_ONCE = 1024  # where there are as many: fewer leave a GPU idle
+MASKS_AT_ONCE_ON_CPU = 256  # whose products are as fast as those of 1024, with a quarter of the activations
+CHECKPOINTED_SHARE = 4  # of them at once with gradient checkpointing
 
 
 class FrozenLayer(CacheLayerMixin):
@@ -84,7 +84,6 @@ def mask_pass(
     together: int | None = None,
     lengths: Tensor | None = None,
     starts: Tensor | None = None,
-    checkpointing: bool = False,
 ) -> Tensor:
     """Mask rows only, with autograd: anchors (B, A) -> z (B, A, K, D); starts (B, N) if packed.
 
@@ -92,10 +91,15 @@ def mask_pass(
     Blocks never see each other, so they are spread over batch rows with `together` of them in each: the attention of M
     masks over N + M columns is mostly masked away when M is large. Rows go through the base in groups with about the
     same anchors, which need no keys beyond their last; so memory and time grow with A, not with its square.
-    `checkpointing` keeps a group's result only and computes it again for its gradient: activations of one group.
     Raises ForetellError if not even one block fits.
     """
     (batch, total), k, tokens = anchors.shape, model.max_masks, regular.z.shape[1]
+    if (count := groups_needed(model, anchors)) > 1:
+        parts = []
+        for which in anchor_groups(total, count):
+            own = None if lengths is None else lengths[:, which]
+            parts.append(mask_pass(model, anchors[:, which], regular, together, own, starts))
+        return torch.cat(parts, dim=1)
     copies = -(-total // (together or blocks_together(model, tokens)))
     blocks = -(-total // copies)
     spread, ends = (
@@ -103,17 +107,8 @@ def mask_pass(
         for rows in (anchors, lengths)
     )
     assert spread is not None
-    at_once = CHECKPOINTED_AT_ONCE if checkpointing else MASKS_AT_ONCE
-    step = max(1, at_once // (batch * blocks * k))
-    parts = []
-    for first in range(0, copies, step):
-        group = slice(first, first + step)
-        arguments = (model, spread[:, group], regular, None if ends is None else ends[:, group], starts, tokens)
-        if checkpointing:
-            parts.append(checkpoint(_group_pass, *arguments, use_reentrant=False, preserve_rng_state=False))
-        else:
-            parts.append(_group_pass(*arguments))
-    return torch.cat(parts, dim=1).reshape(batch, copies * blocks, k, -1)[:, :total]
+    z = _group_pass(model, spread, regular, ends, starts, tokens)
+    return z.reshape(batch, copies * blocks, k, -1)[:, :total]
 
 
 def _group_pass(
@@ -130,9 +125,23 @@ def _group_pass(
     cache = Cache(
         layers=[FrozenLayer(keys[:, :, :seen], values[:, :, :seen], copies) for keys, values in regular.layers]
     )
-    with model.adapter.open(0, blocks * k):  # here, as the gradient's second run finds the gate closed
+    with model.adapter.open(0, blocks * k):
         z = model.base.latents(mask_embeddings(model, batch * copies, blocks), positions, mask, cache)
     return z.view(batch, copies, blocks * k, -1)
+
+
+def groups_needed(model: MTPModel, anchors: Tensor, checkpointing: bool = False) -> int:
+    """In how many groups the blocks of anchors (B, A) go through the base, one after the other."""
+    at_once = MASKS_AT_ONCE_ON_CPU if model.base.device.type == "cpu" else MASKS_AT_ONCE
+    batch, total = anchors.shape
+    if checkpointing:
+        at_once //= CHECKPOINTED_SHARE
+    return -(-total // max(1, at_once // (batch * model.max_masks)))
+
+
+def anchor_groups(total: int, count: int) -> list[slice]:
+    """`count` runs of neighbours among `total` anchors, about equal; some are empty if there are fewer anchors."""
+    return [slice(total * i // count, total * (i + 1) // count) for i in range(count)]
 
 
 def blocks_together(model: MTPModel, tokens: int) -> int:
