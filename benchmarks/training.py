@@ -53,7 +53,7 @@ class Steps:
         lm.config.num_hidden_layers = self.layers = len(lm.model.layers)
         self.model = MTPModel(Base(lm), MTPConfig(masks=args.masks, rank=args.rank), check=False)
         self.steppers = {
-            form: Stepper(self.model, TrainConfig(dtype=args.dtype, gradient_checkpointing="," in form))
+            form: Stepper(self.model, TrainConfig(dtype=args.dtype, masks_at_once=64 if "smaller" in form else None))
             for form in FORMS
         }
         ids = torch.randint(0, self.model.base.vocab_size, (args.tokens,), generator=torch.Generator().manual_seed(1))
@@ -67,9 +67,9 @@ class Steps:
         """Seconds of the whole step and of its losses; gradients are then thrown away."""
         start, stepper = self._now(), self.steppers[form]
         if form.startswith("one"):
-            losses = self._one_pass(stepper)
+            losses = self._one_pass(stepper, checkpointing="," in form)
         else:
-            groups = groups_needed(self.model, self.plan.anchors, stepper.config.gradient_checkpointing)
+            groups = groups_needed(self.model, self.plan.anchors, stepper.config.masks_at_once)
             _, latents = stepper.gradients(self.batch, self.plan, self.weights, self.totals, groups)
         end = self._now()
         if not form.startswith("one"):
@@ -88,11 +88,11 @@ class Steps:
                 all_losses(self.model, self.batch, part, stepper.config, self.weights, self.totals)
         return self._now() - start
 
-    def _one_pass(self, stepper: Stepper) -> float:
+    def _one_pass(self, stepper: Stepper, checkpointing: bool) -> float:
         """Checkpointed, if at all, by layer, as transformers does it; the layers' second run needs the gate open."""
         base, (anchors, valid, _, target, _) = self.model.base, self.plan
         tokens, masks = self.batch.ids.shape[1], anchors.shape[1] * self.model.max_masks
-        if stepper.config.gradient_checkpointing:
+        if checkpointing:
             base.lm.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
             base.lm.train()
         with stepper.autocast():

@@ -278,4 +278,4 @@ def test_how_blocks_are_grouped() -> None:
     model = tiny_model()
     anchors = torch.zeros(2, 200, dtype=torch.long)
     assert groups_needed(model, anchors) == -(-200 // (256 // (2 * K)))
-    assert groups_needed(model, anchors, checkpointing=True) == -(-200 // (64 // (2 * K)))
+    assert groups_needed(model, anchors, masks_at_once=64) == -(-200 // (64 // (2 * K)))

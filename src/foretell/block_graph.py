@@ -196,7 +196,7 @@ def _of_tensors(parts: Parts, call: Call, masks: bool) -> Callable[..., tuple[Te
     adapters = parts.adapters if masks else []
     sizes = [
         len(parts.own),
-        sum(len(product.tensors) for product in parts.packed),
+        sum(len(one.tensors) for one in parts.packed),
         2 * len(adapters),
         len(call.tensors),
     ]
@@ -245,15 +245,15 @@ def _adapted(a: Tensor, b: Tensor, scale: float, regular: int, packed: bool) -> 
 @contextmanager
 def _packed_as(products: Sequence[PackedProduct], tensors: Sequence[Tensor]) -> Iterator[None]:
     """Within this context the products have other tensors."""
-    before = [product.tensors for product in products]
+    before = [one.tensors for one in products]
     left = iter(tensors)
     try:
-        for product, own in zip(products, before, strict=True):
-            product.tensors = [next(left) for _ in own]
+        for one, own in zip(products, before, strict=True):
+            one.tensors = [next(left) for _ in own]
         yield
     finally:
-        for product, own in zip(products, before, strict=True):
-            product.tensors = own
+        for one, own in zip(products, before, strict=True):
+            one.tensors = own
 
 
 @cache

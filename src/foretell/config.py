@@ -183,8 +183,10 @@ class TrainConfig(Config):
     )
     seed: int = option(0, "seed of initialisation, data order and anchors", minimum=0)
     dtype: str = option("float32", "precision of the base's weights and of autocast", choices=DTYPES)
-    gradient_checkpointing: bool = option(
-        False, "hold the activations of a quarter as many mask rows at a time: less memory, more time"
+    masks_at_once: int | None = option(
+        None,
+        "masks that go forward and backward together; fewer: less memory, more time [256 on a CPU, 1024 elsewhere]",
+        minimum=1,
     )
     shard_base: bool = option(
         False, "with several processes, each keeps a share of the base's blocks: for a base too large for one GPU"

@@ -25,7 +25,7 @@ DIRECTORY, OPTIMIZER_FILE, STATE_FILE = "checkpoint", "optimizer.safetensors", "
 # These may differ when a training goes on: they change when it ends and what is written, not what a step does.
 # How a step's sequences are shared out among processes and micro-batches is free too, as long as there are as many.
 FREE_SETTINGS = (
-    "steps", "checkpoint_every", "log_every", "evaluate_every", "batch_size", "accumulation", "gradient_checkpointing",
+    "steps", "checkpoint_every", "log_every", "evaluate_every", "batch_size", "accumulation", "masks_at_once",
     "shard_base", "keep_best", "tracker",
 )  # fmt: skip
 

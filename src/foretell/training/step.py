@@ -236,7 +236,7 @@ class Stepper:
 
     def _groups(self, plans: Sequence[Plan]) -> list[int]:
         """Groups of blocks per micro-batch; alike in all processes, which with a sharded base run the same forwards."""
-        wanted = [groups_needed(self.model, plan.anchors, self.config.gradient_checkpointing) for plan in plans]
+        wanted = [groups_needed(self.model, plan.anchors, self.config.masks_at_once) for plan in plans]
         if self.processes == 1:
             return wanted
         all_wanted = gather(torch.tensor([wanted], device=self.model.base.device))

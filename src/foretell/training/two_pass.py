@@ -21,7 +21,6 @@ from foretell.model import MTPModel
 BLOCKS_TOGETHER = 16
 MASKS_AT_ONCE = 1024  # where there are as many: fewer leave a GPU idle
 MASKS_AT_ONCE_ON_CPU = 256  # whose products are as fast as those of 1024, with a quarter of the activations
-CHECKPOINTED_SHARE = 4  # of them at once with gradient checkpointing
 
 
 class FrozenLayer(CacheLayerMixin):
@@ -130,12 +129,10 @@ def _group_pass(
     return z.view(batch, copies, blocks * k, -1)
 
 
-def groups_needed(model: MTPModel, anchors: Tensor, checkpointing: bool = False) -> int:
+def groups_needed(model: MTPModel, anchors: Tensor, masks_at_once: int | None = None) -> int:
     """In how many groups the blocks of anchors (B, A) go through the base, one after the other."""
-    at_once = MASKS_AT_ONCE_ON_CPU if model.base.device.type == "cpu" else MASKS_AT_ONCE
+    at_once = masks_at_once or (MASKS_AT_ONCE_ON_CPU if model.base.device.type == "cpu" else MASKS_AT_ONCE)
     batch, total = anchors.shape
-    if checkpointing:
-        at_once //= CHECKPOINTED_SHARE
     return -(-total // max(1, at_once // (batch * model.max_masks)))
 
 
