@@ -22,8 +22,6 @@ from foretell import packed
 from foretell.errors import ForetellError
 
 WORTH_PACKING = 2**16  # numbers of an fp32 matrix; below, a packed product's call costs more than it saves
-
-
 PATIENCE = 3  # forwards without masks before the hooks are taken off: putting them on and off costs as much as that
 
 
