@@ -22,6 +22,7 @@ from foretell import packed
 from foretell.errors import ForetellError
 
 WORTH_PACKING = 2**16  # numbers of an fp32 matrix; below, a packed product's call costs more than it saves
+PATIENCE = 3  # forwards without masks before the hooks are taken off: putting them on and off costs as much as that
 
 
 class LowRank(nn.Module):
@@ -81,6 +82,7 @@ class GatedLoRA(nn.Module):
         self._handles: list[RemovableHandle] = []
         self._regular: int | None = None  # rows before the gate's slice; None: the gate is closed
         self._width = 0
+        self._idle = 0  # forwards without masks in a row
         self._targets = [module for module, _, _ in targets.values()]  # a list: the base's modules stay the base's
         for name, (_, d_in, d_out) in targets.items():
             self.adapters[name.replace(".", "/")] = LowRank(d_in, d_out, rank, alpha / rank)
@@ -137,14 +139,16 @@ class GatedLoRA(nn.Module):
     def open(self, regular: int, width: int) -> Iterator[None]:
         """Within this context the adapter acts on rows `regular`..`width` of every forward of `width` rows.
 
-        The hooks stay until a forward without masks or `remove`: a module with a hook, even an idle one, is called
-        the slow way, which a small base feels at every token.
+        The hooks stay until PATIENCE forwards without masks or `remove`: a module with a hook, even an idle one, is
+        called the slow way, which a small base feels at every token.
         """
         if regular < width:
             self.attach()
-            self._regular, self._width = regular, width
+            self._regular, self._width, self._idle = regular, width, 0
         elif self.gated:
-            self.remove()
+            self._idle += 1
+            if self._idle >= PATIENCE:
+                self.remove()
         try:
             yield
         finally:

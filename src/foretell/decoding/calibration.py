@@ -13,62 +13,73 @@ Floats = NDArray[np.float64]
 
 PRIOR_VARIANCE = {"bias": 1.0, "slope": 0.25, "place": 0.25}
 DRIFT = 3e-4  # variance gained per block: what was learnt on another text fades
-LIMIT = 6.0  # of a confidence's logit, about 0.25 %
+LIMIT = 6.0  # of a confidence's log-odds, about 0.25 %
+ROUNDS = 3  # of fitting the same blocks
 WINDOW = 32  # blocks whose confidences stand for those to come
 OF_LAST_TEXT = 4  # of them are kept when a new text begins, which may be of another kind
 FIRST_GUESS = 0.6  # confidence of every draft before anything was seen
 
 
-def logit(confidence: Floats) -> Floats:
-    """Clipped log-odds."""
-    p = np.fmin(np.fmax(confidence, 1e-9), 1 - 1e-9)  # fmax passes over NaN: half precision overflowed in the sampler
-    return np.clip(np.log(p) - np.log1p(-p), -LIMIT, LIMIT)
+def log_odds(confidence: float) -> float:
+    """Clipped."""
+    if not 0 < confidence < 1:  # also NaN: half precision overflowed in the sampler
+        return LIMIT if confidence >= 1 else -LIMIT
+    return min(max(math.log(confidence / (1 - confidence)), -LIMIT), LIMIT)
 
 
 class Calibration:
     """log-odds that draft j holds if those before it do = bias + place_j + slope · (log-odds of its confidence).
 
-    A Bayesian logistic regression, updated draft by draft with the Laplace approximation; its coefficients drift, so
-    that it follows the text. It starts by believing the confidences.
+    A Bayesian logistic regression, fitted to some blocks at a time (Jaakkola and Jordan's variational bound: it never
+    overshoots); its coefficients drift, so that it follows the text. It starts by believing the confidences.
     """
 
     def __init__(self, masks: int) -> None:
         self.masks = masks
         self.mean = np.zeros(masks + 2)  # bias, slope, places
         self.mean[1] = 1.0
-        variance = [PRIOR_VARIANCE["bias"], PRIOR_VARIANCE["slope"], *[PRIOR_VARIANCE["place"]] * masks]
-        self.covariance = np.diag(variance)
-        self._drift = DRIFT * np.diag(variance)
+        self._prior = np.array([PRIOR_VARIANCE["bias"], PRIOR_VARIANCE["slope"], *[PRIOR_VARIANCE["place"]] * masks])
+        self.covariance = np.diag(self._prior)
         self._coefficients: list[float] = self.mean.tolist()
 
-    def chances(self, logits: Floats) -> Floats:
-        """Log-odds of confidences (..., n) of drafts 1..n -> the chance that each holds if those before it do."""
-        score = self.mean[0] + self.mean[1] * logits + self.mean[2 : 2 + logits.shape[-1]]
-        return 1 / (1 + np.exp(-score))
+    def chance(self, logit: float, place: int) -> float:
+        """That draft `place`, from 0, holds if those before it do; for the log-odds of its confidence."""
+        bias, slope = self._coefficients[:2]
+        return 1 / (1 + math.exp(-bias - slope * logit - self._coefficients[2 + place]))
 
-    def chance_of_all(self, confidences: Sequence[float]) -> float:
-        """The chance that drafts 1..n of these confidences all hold: `chances` in plain Python, for every new draft."""
-        bias, slope, *places = self._coefficients
-        chance = 1.0
-        for confidence, place in zip(confidences, places, strict=False):
-            p = min(max(confidence, 1e-9), 1 - 1e-9) if confidence == confidence else 1e-9
-            score = bias + slope * min(max(math.log(p / (1 - p)), -LIMIT), LIMIT) + place
-            chance /= 1 + math.exp(-score)
-        return chance
+    def reach(self, logits: Sequence[float]) -> list[float]:
+        """Log-odds of the confidences of drafts 1..n -> the chances that the first 0, 1, ... n hold."""
+        reach = [1.0]
+        for place, logit in enumerate(logits):
+            reach.append(reach[-1] * self.chance(logit, place))
+        return reach
 
-    def learn(self, logits: Floats, held: int) -> None:
-        """The first `held` of the drafts with these log-odds (n,) held, and the next, if there is one, did not."""
-        for place in range(min(held + 1, len(logits))):
-            feature = np.zeros(self.masks + 2)
-            feature[0], feature[1], feature[2 + place] = 1.0, logits[place], 1.0
-            chance = 1 / (1 + math.exp(-float(feature @ self.mean)))
-            spread = self.covariance @ feature
-            weight = chance * (1 - chance)
-            self.covariance -= np.outer(spread, spread) * (weight / (1 + weight * float(feature @ spread)))
-            self.mean += self.covariance @ feature * ((place < held) - chance)
+    def learn(self, blocks: Sequence[tuple[Sequence[float], int]]) -> None:
+        """Of each block the log-odds of its drafts (n,), and how many held; the next one, if there is one, did not."""
+        drafts = [
+            (place, logit, place < held)
+            for logits, held in blocks
+            for place, logit in enumerate(logits[: held + 1])
+        ]  # fmt: skip
+        if not drafts:
+            return
+        places, logits, held = (np.array(column) for column in zip(*drafts, strict=True))
+        features = np.zeros((len(drafts), self.masks + 2))
+        features[:, 0], features[:, 1], features[np.arange(len(drafts)), 2 + places] = 1.0, logits, 1.0
         # Bounded: without news for long, ignorance doesn't exceed the prior's.
-        grow = np.diag(self.covariance) < np.diag(self._drift) / DRIFT
-        self.covariance[grow, grow] += np.diag(self._drift)[grow]
+        variance = np.diag(self.covariance)
+        grown = np.minimum(variance + DRIFT * len(blocks) * self._prior, np.maximum(variance, self._prior))
+        precision = np.linalg.inv(self.covariance + np.diag(grown - variance))
+        known = precision @ self.mean + (held - 0.5) @ features
+        score = np.abs(features @ self.mean)
+        for _ in range(ROUNDS):
+            score = np.maximum(score, 1e-3)
+            weight = np.tanh(score / 2) / (2 * score)
+            self.covariance = np.linalg.inv(precision + (features.T * weight) @ features)
+            self.mean = self.covariance @ known
+            score = np.sqrt(
+                np.einsum("ni,ij,nj->n", features, self.covariance + np.outer(self.mean, self.mean), features)
+            )
         self._coefficients = self.mean.tolist()
 
 
@@ -78,23 +89,28 @@ class Experience:
     def __init__(self, masks: int) -> None:
         self.masks = masks
         self.calibration = Calibration(masks)
-        self._recent: deque[Floats] = deque(maxlen=WINDOW)  # log-odds (k,)
-        self.blocks = 0  # ever made
+        self._recent: deque[list[float]] = deque(maxlen=WINDOW)  # log-odds (k,)
+        self._news: list[tuple[Sequence[float], int]] = []
 
-    def made(self, confidences: Floats) -> Floats:
+    def made(self, confidences: Sequence[float]) -> list[float]:
         """A new block's confidences (n,) -> their log-odds, remembered as an example of what blocks promise."""
-        logits = logit(confidences)
-        self.blocks += 1
+        logits = [log_odds(confidence) for confidence in confidences]
         # A block of fewer masks is taken to go on as it ends: its next drafts would be about as sure as its last.
-        self._recent.append(np.concatenate([logits, np.full(self.masks - len(logits), logits[-1])]))
+        self._recent.append(logits + [logits[-1]] * (self.masks - len(logits)))
         return logits
+
+    def decided(self, logits: Sequence[float], held: int) -> None:
+        """Of drafts with these log-odds the first `held` held, and the next, if there is one, did not."""
+        self._news.append((logits, held))
 
     def begin_text(self) -> None:
         """Forgets most of what blocks of earlier texts were like; what confidences are worth stays."""
         while len(self._recent) > OF_LAST_TEXT:
             self._recent.popleft()
 
-    def recent_chances(self) -> Floats:
-        """(N, k): the chances of recent blocks' drafts, each if those before it hold."""
-        recent = list(self._recent) or [logit(np.full(self.masks, FIRST_GUESS))]
-        return self.calibration.chances(np.stack(recent))
+    def recent_reach(self) -> Floats:
+        """(N, k+1): the chances that the first 0..k drafts of recent blocks hold, by all that is known now."""
+        self.calibration.learn(self._news)
+        self._news.clear()
+        recent = self._recent or [[log_odds(FIRST_GUESS)] * self.masks]
+        return np.array([self.calibration.reach(logits) for logits in recent])

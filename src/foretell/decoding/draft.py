@@ -24,7 +24,7 @@ LARGE_VOCABULARY, SHORTLIST = 16384, 64
 ALONG = 2  # blocks' worth of masks
 
 
-GoOn = Callable[[Tensor], bool]
+GoOn = Callable[[Tensor], bool]  # told the confidences (B,) of one draft after another of a block
 
 
 class Drafter(Protocol):
@@ -44,7 +44,7 @@ class Drafter(Protocol):
         logits (B, K, V) are the base's at the masks, where the step has read them already (see `reads_along`). Draft j
         of row b, from 0, is for new token number `places[b]` + j of prompt number `sequences[b]`. Confidences
         (B, K) fp32 in 0..1 are how sure the drafter is of each draft if the ones before it hold; None if nobody asks.
-        It may leave out the last drafts, once `go_on` is false for the confidences (B, n) of those made so far.
+        `go_on` is told the confidences (B,) of every draft as it is made; once it is false, the rest may be left out.
         """
         ...
 
@@ -115,18 +115,24 @@ def draft(
 
     `choose` takes scores (B, V), where the shortlist leaves out a token -inf, and the mask's number from 0. `logits`
     (B, K, V) are the base's at the masks if they were read before. With `go_on` the chain ends when that
-    is false for the confidences (B, n) so far; every draft then waits for the device.
+    is false for a draft's confidences (B,); every draft then waits for the device.
     """
     drafts: list[Tensor] = []
     confidences: list[Tensor] = []
 
     def take(scores: Tensor, mask: int, tokens: Tensor | None = None) -> None:
         """From scores (B, V), or (B, m) of `tokens` (B, m)."""
-        index = choose(scores, mask)[:, None]
-        drafts.append((index if tokens is None else tokens.gather(1, index))[:, 0])
-        if confident:
-            chosen = scores.gather(1, index)[:, 0].float()
-            confidences.append((chosen - scores.float().logsumexp(-1)).exp())
+        if not confident:
+            index = choose(scores, mask)
+        else:
+            chances = scores.softmax(-1, dtype=torch.float32)
+            if choose is largest:
+                sure, index = chances.max(-1)
+            else:
+                index = choose(scores, mask)
+                sure = chances.gather(1, index[:, None])[:, 0]
+            confidences.append(sure)
+        drafts.append(index if tokens is None else tokens.gather(1, index[:, None])[:, 0])
 
     sampler = model.sampler
     if sampler is None or not use_sampler:
@@ -148,7 +154,7 @@ def draft(
             else:
                 take(short.all_scores(sampled, mask), mask)
             token = drafts[-1]
-            if go_on is not None and not go_on(torch.stack(confidences, dim=1)):
+            if go_on is not None and not go_on(confidences[-1]):
                 break
     return torch.stack(drafts, dim=1), torch.stack(confidences, dim=1) if confident else None
 

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import ClassVar, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from foretell.decoding.calibration import Experience, Floats
+from foretell.decoding.calibration import Experience, log_odds
 from foretell.decoding.draft import GoOn
 from foretell.decoding.planner import Planner
 from foretell.layout import Block, Layout, linear, plain, quadratic
@@ -33,7 +32,7 @@ class Strategy(Protocol):
 
     @property
     def go_on(self) -> GoOn | None:
-        """Whether more drafts are worth making after some with these confidences (B, n); None: always."""
+        """For one block of every sequence: whether more drafts are worth making, see `Drafter`; None: always."""
         ...
 
     def layouts(self, running: Sequence[Running]) -> list[Layout]:
@@ -72,7 +71,7 @@ class OpenBlock:
     """Drafts whose fate is not known to the end."""
 
     drafts: list[int]
-    logits: Floats
+    logits: list[float]
     held: int = 0
 
 
@@ -83,12 +82,11 @@ class Adaptive:
     planner: Callable[[int], Planner]  # for a number of sequences: wider batches make wider steps dearer
     experience: Experience
     open: dict[int, list[OpenBlock]] = field(default_factory=dict)  # by sequence
-    at_hand: dict[int, Floats] = field(default_factory=dict)  # log-odds of the confidences of the drafts at hand
+    at_hand: dict[int, list[float]] = field(default_factory=dict)  # log-odds of the confidences of the drafts at hand
     floor: float = 0.0  # of the chance that all drafts made so far hold
 
     def layouts(self, running: Sequence[Running]) -> list[Layout]:
-        none = np.zeros(0)
-        at_hand = [self.at_hand.get(row.sequence, none)[: row.drafts] for row in running]
+        at_hand = [self.at_hand[row.sequence][: row.drafts] if row.drafts else [] for row in running]
         remaining = [row.remaining for row in running]
         planner = self.planner(len(running))
         layouts, self.floor = planner.layouts(at_hand, remaining), planner.floor
@@ -96,11 +94,16 @@ class Adaptive:
 
     @property
     def go_on(self) -> GoOn | None:
-        return self._likely if self.floor else None
+        if not self.floor:
+            return None
+        reach: list[list[float]] = []  # by draft made: the chance that it and all before it hold, of each sequence
 
-    def _likely(self, confidences: Tensor) -> bool:
-        chance = self.experience.calibration.chance_of_all
-        return any(chance(row) >= self.floor for row in confidences.tolist())
+        def likely(confidences: Tensor) -> bool:
+            sure = [self.experience.calibration.chance(log_odds(c), len(reach)) for c in confidences.tolist()]
+            reach.append([a * b for a, b in zip(sure, reach[-1], strict=True)] if reach else sure)
+            return max(reach[-1]) >= self.floor
+
+        return likely
 
     def decided(self, row: Running, tokens: Sequence[int]) -> None:
         still_open = []
@@ -109,7 +112,7 @@ class Adaptive:
             same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(expected, tokens, strict=False)))
             block.held += same
             if same < len(expected) or block.held == len(block.drafts):
-                self.experience.calibration.learn(block.logits, block.held)
+                self.experience.decided(block.logits, block.held)
             else:
                 still_open.append(block)
         self.open[row.sequence] = still_open
@@ -123,7 +126,7 @@ class Adaptive:
         tokens, sure = torch.stack([drafts.float(), confidences]).tolist()
         for row, own, chances in zip(running, tokens, sure, strict=True):
             if row.drafts:
-                logits = self.experience.made(np.array(chances[: row.drafts]))
+                logits = self.experience.made(chances[: row.drafts])
                 self.at_hand[row.sequence] = logits
                 block = OpenBlock([int(token) for token in own[: row.drafts]], logits)
                 self.open.setdefault(row.sequence, []).append(block)

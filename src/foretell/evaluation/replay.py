@@ -81,7 +81,7 @@ class ReplayDrafter:
         drafts = torch.stack([self.drafts[key][:masks] for key in keys])
         confidences = torch.stack([self.confidences[key][:masks] for key in keys])
         if go_on is not None:  # as the sampler's own chain would end, by these confidences
-            masks = next((n for n in range(1, masks) if not go_on(confidences[:, :n])), masks)
+            masks = next((n for n in range(1, masks) if not go_on(confidences[:, n - 1])), masks)
         self.drafter(latents[:, :masks], first, sequences, places, None if logits is None else logits[:, :masks])
         return drafts[:, :masks], confidences[:, :masks]
 

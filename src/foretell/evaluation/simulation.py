@@ -49,21 +49,22 @@ def simulate(
     chances = np.array(profile) / np.array([1.0, *profile[:-1]])
     experience = Experience(masks)
     planner = Planner(noisy_costs(masks, cost, cost_noise, random), experience)
-    logits, holding = np.zeros(0), 0  # of the drafts at hand: their confidences, and how many of them will hold
+    logits: list[float] = []
+    holding = 0  # of the drafts at hand: their confidences, and how many of them will hold
     tokens, seconds = 0, 0.0
     for _ in range(steps):
         (layout,) = planner.layouts([logits], [MUCH])
         accepted = min(layout.regular - 1, holding)
         tokens, seconds = tokens + accepted + 1, seconds + cost(layout.regular, layout.masks)
-        experience.calibration.learn(logits, holding)
+        experience.decided(logits, holding)
         rows = layout.block_rows(accepted)
         made = 0 if rows is None else rows.stop - rows.start
-        logits, holding = np.zeros(0), 0
+        logits, holding = [], 0
         if made:
             own = chances[:made]
             if informed:
                 weight = 1 / informed**2 - 1
                 own = np.clip(random.beta(weight * own, weight * (1 - own)), 0.001, 0.999)
             holding = int(np.cumprod(random.random(made) < own).sum())
-            logits = experience.made(own if informed else np.full(made, 0.5))
+            logits = experience.made(own.tolist() if informed else [0.5] * made)
     return tokens / seconds
