@@ -25,6 +25,7 @@ from torch import Tensor
 from foretell.checkpoint import write_text
 from foretell.config import DTYPES, DecodeConfig
 from foretell.decoding import loop
+from foretell.decoding.compiling import compile_steps
 from foretell.decoding.draft import Drafter, SamplerDrafter, reads_along
 from foretell.decoding.generate import MTPForCausalLM
 from foretell.decoding.pick import Picker
@@ -237,6 +238,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--device", help="cpu, cuda, ... [a GPU if there is one]")
     parser.add_argument("--no-packed", dest="packed", action="store_const", const=False, help="weights as they are")
+    parser.add_argument("--compiled", action="store_true", help="compiled steps, of single sequences on a CPU")
     parser.add_argument("--threads", type=int, default=2, help="torch threads, one per core")
     parser.add_argument("--profile", choices=(*ACCEPTANCE, "all"), default="all")
     parser.add_argument("--batch", type=int, default=1, help="prompts decoded side by side")
@@ -259,6 +261,8 @@ def main() -> None:
         raise ForetellError(f"the context must exceed half of the {args.new} new tokens, {args.context} does not")
     torch.set_num_threads(args.threads)
     model = random_model(args.shape, dtype=args.dtype, device=args.device, rank=args.rank, packed=args.packed)
+    if args.compiled and (reason := compile_steps(model)):
+        raise ForetellError(reason)
     path = args.output or RESULTS / f"replay_{args.shape}_{model.base.device.type}.json"
     result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     generator = torch.Generator().manual_seed(0)
@@ -272,6 +276,7 @@ def main() -> None:
     console = Console(width=max(120, Console().width))
     for name in ACCEPTANCE if args.profile == "all" else (args.profile,):
         start, key = time.perf_counter(), f"{name}, batch {args.batch}"
+        key += ", compiled" * args.compiled + ", not packed" * (args.packed is False)
         say(f"{key}: costs")
         cost, draft_cost, costs = measured_costs(model, args.context, args.batch, args.shortlist, args.rounds)
         cell = Cell(model, list(prompts), named_profile(name), args.batch, args.new, args.shortlist, args.informative)
