@@ -51,8 +51,7 @@ class PackedProduct:
         self.packed = reorder(torch.cat(list(weights)) if len(weights) > 1 else weights[0])
         there = [bias.detach() for bias in biases if bias is not None]
         self.bias = torch.cat(there) if there else None
-        self._x: Tensor | None = None
-        self._parts: list[Tensor | None] = []
+        self._made: tuple[Tensor, dict[int, Tensor]] | None = None  # an x and what linears have yet to take of it
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -69,12 +68,12 @@ class PackedProduct:
         """What linear number `index` makes of x; the product is made when the first of them asks."""
         if len(self.sizes) == 1:
             return product(x, self.packed, self.bias)
-        if x is not self._x or self._parts[index] is None:
-            self._x, self._parts = x, list(product(x, self.packed, self.bias).split(self.sizes, -1))
-        part, self._parts[index] = self._parts[index], None
-        if not any(part is not None for part in self._parts):
-            self._x = None  # all have theirs
-        assert part is not None
+        made = self._made  # in one piece: another thread's x may take its place at any time
+        if made is None or made[0] is not x or index not in made[1]:
+            made = self._made = x, dict(enumerate(product(x, self.packed, self.bias).split(self.sizes, -1)))
+        part = made[1].pop(index)
+        if not made[1]:
+            self._made = None  # all have theirs
         return part
 
 

@@ -43,9 +43,8 @@ class Planner:
         self._table = costs.steps(masks)
         self._seconds = self._table[self._verified, self._hung]
         self._ends = np.searchsorted(self._verified, np.arange(masks + 1), side="right")  # of those up to d drafts
-        self._there = (np.arange(masks + 1) <= self._verified[:, None]).astype(
-            float
-        )  # (L, k+1): tokens that a shape has
+        # (L, k+1): 1 for the tokens that a shape has
+        self._there = (np.arange(masks + 1) <= self._verified[:, None]).astype(float)
         self._chain = np.diff(costs.drafting(masks))  # (k,): seconds of each draft of the sampler chain
         self.drafting = costs.drafting(masks)  # (k+1,): expected of a block of n masks
         self.value = np.zeros(masks + 1)
@@ -113,9 +112,8 @@ class Planner:
             self.drafting = np.append(0.0, np.cumsum(self._chain * made))
         starts = np.append(0, self._ends[:-1])
         for _ in range(sweeps):
-            best = np.minimum.reduceat(
-                reach @ self._worth().T + self._seconds, starts, axis=1
-            )  # (N, k+1) by drafts verified
+            scores = reach @ self._worth().T + self._seconds  # (N, L)
+            best = np.minimum.reduceat(scores, starts, axis=1)  # (N, k+1) by drafts verified
             value = np.minimum.accumulate(best, axis=1).mean(0)  # with n drafts at hand up to n may be verified
             # Too large a step would swing: no step decides more tokens than this.
             self.per_token += value[0] / float(reach.sum(1).mean())
