@@ -87,7 +87,11 @@ class Cell:
         if row.strategy == TRANSFORMERS:
             return self._transformers()
         config = DecodeConfig(
-            strategy=row.strategy, masks=row.masks or None, max_new_tokens=self.new, shortlist=self.shortlist
+            strategy=row.strategy,
+            masks=row.masks or None,
+            max_new_tokens=self.new,
+            shortlist=self.shortlist,
+            lookup=False,  # what random weights repeat is no profile's
         )
         done = Pass([[] for _ in self.prompts])
         for start in range(0, len(self.prompts), self.batch):

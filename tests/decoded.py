@@ -39,6 +39,7 @@ def decode(
     strategy: str,
     new: int,
     replayed: Sequence[Sequence[int]] | None = None,
+    lookup: bool = True,
 ) -> Decoded:
     """Prompts (1, n_b) int64 side by side, greedily. `replayed`: known continuations, whose drafts hold by PROFILE."""
     masks = model.max_masks
@@ -52,7 +53,7 @@ def decode(
     if strategy == "adaptive":
         experience = Experience(masks)
         of_all = Planner(COSTS, experience)
-        planner = Adaptive(lambda sequences: of_all, experience)
+        planner = Adaptive(lambda sequences: of_all, experience, lookup)
     out = Decoded([[] for _ in prompts])
     for batch in loop.steps(model, [ids[0] for ids in prompts], config, picker, strategy=planner, drafter=drafter):
         for step in batch:

@@ -65,7 +65,7 @@ def planned(shape: str, chances: list[float], at_hand: int) -> Layout:
         experience.made(chances)
     planner = Planner(noisy_costs(8, COSTS[shape], 0.0, np.random.default_rng(0)), experience)
     planner.solve(sweeps=300)
-    (layout,) = planner.layouts([[log_odds(chance) for chance in chances[:at_hand]]], [1000])
+    (layout,) = planner.layouts([np.cumprod([1.0, *chances[:at_hand]]).tolist()], [1000])
     return layout
 
 
@@ -84,8 +84,8 @@ def test_unsure_drafts_are_not_verified() -> None:
 def test_a_batch_shares_one_shape() -> None:
     experience = Experience(4)
     planner = Planner(noisy_costs(4, COSTS["1B"], 0.0, np.random.default_rng(0)), experience)
-    drafts = [[5.0, 2.0, 2.0, 2.0], [], [2.0]]
-    layouts = planner.layouts(drafts, [100, 100, 1])
+    reach = [[1.0, 0.99, 0.87, 0.76, 0.67], [1.0], [1.0, 0.9]]
+    layouts = planner.layouts(reach, [100, 100, 1])
     assert [layout.regular for layout in layouts][1:] == [1, 1]  # no drafts at hand; one token left
     assert layouts[0].regular > 1
 
@@ -97,21 +97,27 @@ def test_equal_sequences_are_planned_as_one() -> None:
         experience.made([0.6] * 8)
     planner = Planner(noisy_costs(8, COSTS["135M"], 0.0, np.random.default_rng(0)), experience)
     planner.solve(300)
-    drafts = [log_odds(chance) for chance in (0.9, 0.7, 0.5, 0.5, 0.4)]
-    (alone,) = planner.layouts([drafts], [1000])
+    reach = np.cumprod([1.0, 0.9, 0.7, 0.5, 0.5, 0.4]).tolist()
+    (alone,) = planner.layouts([reach], [1000])
     assert alone.regular > 1 and alone.masks
-    assert planner.layouts([drafts] * 16, [1000] * 16) == [alone] * 16
+    assert planner.layouts([reach] * 16, [1000] * 16) == [alone] * 16
 
 
 def test_probes_become_rare_but_never_end() -> None:
     experience = Experience(8)
     planner = Planner(noisy_costs(8, COSTS["135M"], 0.0, np.random.default_rng(0)), experience)
     for _ in range(300):  # a drafter that is sure and always wrong
-        experience.decided(experience.made([0.9] * 8), 0)
+        experience.calibration.decided(experience.made([0.9] * 8), 0)
     planner.solve(300)
-    probes = [n for n in range(2000) if planner.layouts([[]], [10**6])[0].masks]
+    probes = [n for n in range(2000) if planner.layouts([[1.0]], [10**6])[0].masks]
     gaps = np.diff(probes)
     assert len(probes) > 7 and gaps[0] < 80 and gaps[-1] > 200
+
+
+def teach(calibration: Calibration, blocks: list[tuple[list[float], int]]) -> None:
+    for logits, held in blocks:
+        calibration.decided(logits, held)
+    calibration.learn()
 
 
 @pytest.mark.parametrize("at_a_time", [1, 16])
@@ -122,7 +128,7 @@ def test_calibration_learns_what_confidences_are_worth(at_a_time: int) -> None:
     true = np.array([0.6, 0.5, 0.3, 0.2])  # overconfident, the more the further ahead
     for _ in range(1600 // at_a_time):
         held = np.cumprod(random.random((at_a_time, 4)) < true, axis=1).sum(1)
-        calibration.learn([(told, int(count)) for count in held])
+        teach(calibration, [(told, int(count)) for count in held])
     learnt = [calibration.chance(logit, place) for place, logit in enumerate(told)]
     assert learnt == pytest.approx(true, abs=0.12)
     assert learnt[:2] == pytest.approx(true[:2], abs=0.06)
@@ -134,7 +140,7 @@ def test_calibration_never_overshoots() -> None:
     calibration = Calibration(2)
     for told, held in ((6.0, 0), (-6.0, 2)):
         for blocks in (64, 1, 1):
-            calibration.learn([([told, told], held)] * blocks)
+            teach(calibration, [([told, told], held)] * blocks)
             assert 0 < calibration.chance(told, 0) < 1
         assert round(calibration.chance(told, 0)) == bool(held)
 
@@ -221,7 +227,7 @@ def test_every_draft_teaches_once_its_fate_is_known() -> None:
     """Drafts 5 6 7; the text goes on 5 6, then 8: two held, one did not, though no step verified them."""
     experience = Experience(3)
     taught: list[int] = []
-    experience.decided = lambda logits, held: taught.append(held)  # type: ignore[method-assign]
+    experience.calibration.decided = lambda logits, held: taught.append(held)  # type: ignore[method-assign]
     planner = Planner(noisy_costs(3, by_width({1: 1.0, 16: 3.0}), 0.0, np.random.default_rng(0)), experience)
     strategy, row = Adaptive(lambda sequences: planner, experience), Running(0, 100, [1], drafts=3)
     strategy.drafted([row], torch.tensor([[5, 6, 7]]), torch.full((1, 3), 0.5))
@@ -254,6 +260,6 @@ def test_drafting_goes_on_by_what_confidences_turned_out_to_be_worth() -> None:
         return next((n for n in range(1, 5) if not go_on(torch.tensor([0.1, 0.5]))), 4)
 
     assert made() == 3  # of the sequence that fares best: 0.5, 0.25, 0.125
-    experience.calibration.learn([([0.0] * 4, 4)] * 300)
+    teach(experience.calibration, [([0.0] * 4, 4)] * 300)
     assert made() == 4
     assert Adaptive(lambda sequences: planner, experience).go_on is None

@@ -234,6 +234,9 @@ class DecodeConfig(Config):
         "adaptive", "which layout a step uses; adaptive picks it by cost and confidence", choices=STRATEGIES
     )
     masks: int | None = option(None, "masks per block, 1 up to the k the adapter was trained with [that k]", minimum=1)
+    lookup: bool = option(
+        True, "adaptive: also draft what followed the last tokens where they stood in the text before"
+    )
     use_sampler: bool = option(True, "draft with the sampler head; off: drafts are the base's argmax at each mask")
     temperature: float = option(0.0, "0 is greedy; above, tokens are drawn from the base's distribution", minimum=0.0)
     top_k: int = option(0, "draw among the k likeliest tokens; 0: all", minimum=0)

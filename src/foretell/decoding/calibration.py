@@ -41,6 +41,7 @@ class Calibration:
         self._prior = np.array([PRIOR_VARIANCE["bias"], PRIOR_VARIANCE["slope"], *[PRIOR_VARIANCE["place"]] * masks])
         self.covariance = np.diag(self._prior)
         self._coefficients: list[float] = self.mean.tolist()
+        self._news: list[tuple[Sequence[float], int]] = []
 
     def chance(self, logit: float, place: int) -> float:
         """That draft `place`, from 0, holds if those before it do; for the log-odds of its confidence."""
@@ -54,8 +55,13 @@ class Calibration:
             reach.append(reach[-1] * self.chance(logit, place))
         return reach
 
-    def learn(self, blocks: Sequence[tuple[Sequence[float], int]]) -> None:
-        """Of each block the log-odds of its drafts (n,), and how many held; the next one, if there is one, did not."""
+    def decided(self, logits: Sequence[float], held: int) -> None:
+        """Of drafts with these log-odds (n,) the first `held` held, and the next, if there is one, did not."""
+        self._news.append((logits, held))
+
+    def learn(self) -> None:
+        """From all blocks decided since the last time."""
+        blocks, self._news = self._news, []
         drafts = [
             (place, logit, place < held)
             for logits, held in blocks
@@ -84,33 +90,37 @@ class Calibration:
 
 
 class Experience:
-    """What decoding has taught about a drafter: its calibration, and how sure its recent blocks were."""
+    """What decoding has taught: what the drafts of masks and of the text itself are worth, and what steps promised."""
 
     def __init__(self, masks: int) -> None:
         self.masks = masks
         self.calibration = Calibration(masks)
-        self._recent: deque[list[float]] = deque(maxlen=WINDOW)  # log-odds (k,)
-        self._news: list[tuple[Sequence[float], int]] = []
+        self.lookup = Calibration(masks)  # its log-odds are those of `match_log_odds`
+        # Of a block of masks the log-odds (k,), and those (n,) of the drafts that the text itself gave in its stead.
+        self._recent: deque[tuple[list[float], list[float]]] = deque(maxlen=WINDOW)
 
-    def made(self, confidences: Sequence[float]) -> list[float]:
-        """A new block's confidences (n,) -> their log-odds, remembered as an example of what blocks promise."""
+    def made(self, confidences: Sequence[float], found: Sequence[float] = ()) -> list[float]:
+        """A new block's confidences (n,) -> their log-odds, remembered as an example of what blocks promise.
+
+        `found` are the log-odds (m,) of what the text's own drafts promised at that place.
+        """
         logits = [log_odds(confidence) for confidence in confidences]
         # A block of fewer masks is taken to go on as it ends: its next drafts would be about as sure as its last.
-        self._recent.append(logits + [logits[-1]] * (self.masks - len(logits)))
+        self._recent.append((logits + [logits[-1]] * (self.masks - len(logits)), list(found)))
         return logits
-
-    def decided(self, logits: Sequence[float], held: int) -> None:
-        """Of drafts with these log-odds the first `held` held, and the next, if there is one, did not."""
-        self._news.append((logits, held))
 
     def begin_text(self) -> None:
         """Forgets most of what blocks of earlier texts were like; what confidences are worth stays."""
         while len(self._recent) > OF_LAST_TEXT:
             self._recent.popleft()
 
-    def recent_reach(self) -> Floats:
-        """(N, k+1): the chances that the first 0..k drafts of recent blocks hold, by all that is known now."""
-        self.calibration.learn(self._news)
-        self._news.clear()
-        recent = self._recent or [[log_odds(FIRST_GUESS)] * self.masks]
-        return np.array([self.calibration.reach(logits) for logits in recent])
+    def recent_reach(self) -> tuple[Floats, Floats]:
+        """Twice (N, k+1): the chances that the first 0..k drafts hold by all that is known now, of recent blocks and
+        of the text's own drafts at the same places, 0 beyond their number."""
+        for calibration in (self.calibration, self.lookup):
+            calibration.learn()
+        recent = list(self._recent) or [([log_odds(FIRST_GUESS)] * self.masks, [])]
+        found = np.zeros((len(recent), self.masks + 1))
+        for row, (_, logits) in zip(found, recent, strict=True):
+            row[: len(logits) + 1] = self.lookup.reach(logits)
+        return np.array([self.calibration.reach(logits) for logits, _ in recent]), found

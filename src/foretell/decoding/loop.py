@@ -31,6 +31,7 @@ class Step:
     accepted: int
     layout: Layout
     sequence: int = 0  # which prompt of a batch
+    verified: int = 0  # drafts; a layout of a batch may hold filler behind them
     logits: Tensor | None = field(default=None, repr=False, compare=False)  # (tokens, V) fp32, if asked for
     last: bool = False  # whether the text ends with it
 
@@ -113,7 +114,9 @@ def refilled_steps(
                 row.text += tokens
                 strategy.decided(row, tokens)
                 kept = logits[number, : len(tokens)].to(torch.float32, copy=True) if keep_logits else None
-                done.append(Step(tokens, min(accepted, len(tokens)), layout, row.sequence, kept, not row.remaining))
+                verified = min(row.drafts, regular - 1)
+                accepted = min(accepted, len(tokens))
+                done.append(Step(tokens, accepted, layout, row.sequence, verified, kept, not row.remaining))
             yield done
             accepted = [count for count, *_ in decided]
             cache.keep([count + 1 for count in accepted])
@@ -200,15 +203,15 @@ def draft_blocks(
     first: Tensor,
     running: Sequence[Running],
 ) -> Tensor:
-    """latents (B, K, D), and logits if read, of the surviving blocks -> drafts (B, K), NO_DRAFT beyond a block."""
-    if not latents.shape[1]:
-        return first.new_empty((len(running), 0))
-    sequences, places = [row.sequence for row in running], [row.place for row in running]
-    drafts, confidences = drafter(latents, first, sequences, places, logits, strategy.go_on)
-    most = drafts.shape[1]
+    """latents (B, K, D), and logits if read, of the surviving blocks -> drafts (B, K'), NO_DRAFT beyond a row's own."""
+    drafts, confidences = first.new_empty((len(running), 0)), None
+    if latents.shape[1]:
+        sequences, places = [row.sequence for row in running], [row.place for row in running]
+        drafts, confidences = drafter(latents, first, sequences, places, logits, strategy.go_on)
     for row in running:
-        row.drafts = min(row.drafts, most)
-    strategy.drafted(running, drafts, confidences)
+        row.drafts = min(row.drafts, drafts.shape[1])
+    drafts = strategy.drafted(running, drafts, confidences)
+    most = drafts.shape[1]
     if all(row.drafts == most for row in running):
         return drafts
     held = torch.tensor([row.drafts for row in running], device=drafts.device)[:, None]

@@ -53,15 +53,15 @@ class Planner:
         self._until_solution, self._solve_every = 0, SOLVE_EVERY[0]
         self._without_masks, self._probe_every = 0, PROBE_EVERY[0]
 
-    def layouts(self, drafts: Sequence[Sequence[float]], remaining: Sequence[int]) -> list[Layout]:
-        """One layout per sequence, for log-odds of its drafts' confidences (m_b,) and the tokens it may still get."""
+    def layouts(self, reach: Sequence[Sequence[float]], remaining: Sequence[int]) -> list[Layout]:
+        """One layout per sequence, for the chances (m_b + 1,) that the first 0, 1, ... of its drafts hold and the
+        tokens it may still get."""
         if self._until_solution == 0:
             self._until_solution = self._solve_every
             self._solve_every = min(2 * self._solve_every, SOLVE_EVERY[1])
             self.solve()
         self._until_solution -= 1
-        held = [min(len(own), left - 1) for own, left in zip(drafts, remaining, strict=True)]
-        reach = [self.experience.calibration.reach(own[:most]) for own, most in zip(drafts, held, strict=True)]
+        reach = [own[:left] for own, left in zip(reach, remaining, strict=True)]
         chosen = [self._best(reach[0])] if len(reach) == 1 else self._best_together(reach)
         if not self._probe(any(self._hung[index] for index in chosen)):
             return [self.shapes[index] for index in chosen]
@@ -104,7 +104,7 @@ class Planner:
 
     def solve(self, sweeps: int = SWEEPS) -> None:
         """Relative value iteration over the recent blocks, going on from the last solution (docs/planner.md)."""
-        reach = self.experience.recent_reach()  # (N, k+1)
+        reach, found = self.experience.recent_reach()  # (N, k+1) each
         if self.stops_early:
             # A draft is worth a token's seconds times the chance that it is reached, and those after it once more.
             self.floor = float(self._chain.mean()) / self.per_token / 2
@@ -112,9 +112,13 @@ class Planner:
             self.drafting = np.append(0.0, np.cumsum(self._chain * made))
         starts = np.append(0, self._ends[:-1])
         for _ in range(sweeps):
-            scores = reach @ self._worth().T + self._seconds  # (N, L)
+            worth = self._worth().T
+            scores = reach @ worth + self._seconds  # (N, L)
             best = np.minimum.reduceat(scores, starts, axis=1)  # (N, k+1) by drafts verified
-            value = np.minimum.accumulate(best, axis=1).mean(0)  # with n drafts at hand up to n may be verified
+            best = np.minimum.accumulate(best, axis=1)  # with n drafts at hand up to n may be verified
+            if found[:, 1:].any():  # or what the text itself gives, which is there with any n
+                best = np.minimum(best, (found @ worth + self._seconds).min(1, keepdims=True))
+            value = best.mean(0)
             # Too large a step would swing: no step decides more tokens than this.
             self.per_token += value[0] / float(reach.sum(1).mean())
             self.value = (self.value + value - value[0]) / 2  # half a step: whole ones may swing between states

@@ -42,10 +42,10 @@ def strategy_of(model: MTPModel, config: DecodeConfig, sequences: int) -> Strate
     if config.strategy != "adaptive":
         return Fixed(config.strategy, config.masks or model.max_masks)
     place = (model.base.device, model.base.dtype, torch.get_num_threads(), model.compiled is not None)
-    manner = (*place, config.masks, config.use_sampler, config.shortlist, config.drafts, config.temperature)
+    drafting = (config.masks, config.use_sampler, config.shortlist, config.drafts, config.lookup, config.temperature)
     of_model = _planners.setdefault(model, {})
-    planners = of_model.setdefault(manner, Planners(model, config))
+    planners = of_model.setdefault((*place, *drafting), Planners(model, config))
     planners.prepare(model, sequences)
     planners.experience.begin_text()
     planners.planner(sequences).begin_text()
-    return Adaptive(planners.planner, planners.experience)
+    return Adaptive(planners.planner, planners.experience, config.lookup)

@@ -10,8 +10,9 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from foretell.decoding.calibration import Experience, log_odds
+from foretell.decoding.calibration import Calibration, Experience, log_odds
 from foretell.decoding.draft import GoOn
+from foretell.decoding.lookup import Found, TextLookup, match_log_odds
 from foretell.decoding.planner import Planner
 from foretell.layout import Block, Layout, linear, plain, quadratic
 
@@ -43,8 +44,11 @@ class Strategy(Protocol):
         """These tokens of a sequence were decided."""
         ...
 
-    def drafted(self, running: Sequence[Running], drafts: Tensor, confidences: Tensor | None) -> None:
-        """New drafts (B, K) and their confidences; of row b the first `running[b].drafts` count."""
+    def drafted(self, running: Sequence[Running], drafts: Tensor, confidences: Tensor | None) -> Tensor:
+        """New drafts (B, K) int64, K from 0, and their confidences -> the drafts to go on with, (B, K').
+
+        Of row b the first `running[b].drafts` count, before and after.
+        """
         ...
 
 
@@ -62,8 +66,8 @@ class Fixed:
     def decided(self, row: Running, tokens: Sequence[int]) -> None:
         pass
 
-    def drafted(self, running: Sequence[Running], drafts: Tensor, confidences: Tensor | None) -> None:
-        pass
+    def drafted(self, running: Sequence[Running], drafts: Tensor, confidences: Tensor | None) -> Tensor:
+        return drafts
 
 
 @dataclass
@@ -72,7 +76,11 @@ class OpenBlock:
 
     drafts: list[int]
     logits: list[float]
+    calibration: Calibration  # that learns from it
     held: int = 0
+
+    def __post_init__(self) -> None:
+        self.reach = self.calibration.reach(self.logits)  # chances that the first 0, 1, ... of them hold
 
 
 @dataclass
@@ -81,15 +89,17 @@ class Adaptive:
 
     planner: Callable[[int], Planner]  # for a number of sequences: wider batches make wider steps dearer
     experience: Experience
+    lookup: bool = True  # whether drafts also come from the text itself
     open: dict[int, list[OpenBlock]] = field(default_factory=dict)  # by sequence
-    at_hand: dict[int, list[float]] = field(default_factory=dict)  # log-odds of the confidences of the drafts at hand
+    reach: dict[int, list[float]] = field(default_factory=dict)  # chances that the first 0, 1, ... drafts at hand hold
+    texts: dict[int, TextLookup] = field(default_factory=dict)
     floor: float = 0.0  # of the chance that all drafts made so far hold
 
     def layouts(self, running: Sequence[Running]) -> list[Layout]:
-        at_hand = [self.at_hand[row.sequence][: row.drafts] if row.drafts else [] for row in running]
+        reach = [self.reach[row.sequence] if row.drafts else [1.0] for row in running]
         remaining = [row.remaining for row in running]
         planner = self.planner(len(running))
-        layouts, self.floor = planner.layouts(at_hand, remaining), planner.floor
+        layouts, self.floor = planner.layouts(reach, remaining), planner.floor
         return [within(layout, left) for layout, left in zip(layouts, remaining, strict=True)]
 
     @property
@@ -112,24 +122,47 @@ class Adaptive:
             same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(expected, tokens, strict=False)))
             block.held += same
             if same < len(expected) or block.held == len(block.drafts):
-                self.experience.decided(block.logits, block.held)
+                block.calibration.decided(block.logits, block.held)
             else:
                 still_open.append(block)
         self.open[row.sequence] = still_open
         if not row.remaining:  # others may take its place for hours
-            del self.open[row.sequence]
-            self.at_hand.pop(row.sequence, None)
+            for kept in (self.open, self.reach, self.texts):
+                kept.pop(row.sequence, None)
 
-    def drafted(self, running: Sequence[Running], drafts: Tensor, confidences: Tensor | None) -> None:
-        assert confidences is not None
-        # One transfer for both; fp32 holds every token id below 2^24.
-        tokens, sure = torch.stack([drafts.float(), confidences]).tolist()
-        for row, own, chances in zip(running, tokens, sure, strict=True):
-            if row.drafts:
-                logits = self.experience.made(chances[: row.drafts])
-                self.at_hand[row.sequence] = logits
-                block = OpenBlock([int(token) for token in own[: row.drafts]], logits)
-                self.open.setdefault(row.sequence, []).append(block)
+    def drafted(self, running: Sequence[Running], drafts: Tensor, confidences: Tensor | None) -> Tensor:
+        made: list[list[float]] = [[] for _ in running]
+        sure = made
+        if confidences is not None:
+            # One transfer for both; fp32 holds every token id below 2^24.
+            made, sure = torch.stack([drafts.float(), confidences]).tolist()
+        chosen = [self._choose(row, own, chances) for row, own, chances in zip(running, made, sure, strict=True)]
+        if not any(instead for _, instead in chosen):
+            return drafts
+        most = max(len(own) for own, _ in chosen)
+        return torch.tensor([own + [0] * (most - len(own)) for own, _ in chosen], device=drafts.device)
+
+    def _choose(self, row: Running, made: Sequence[float], confidences: Sequence[float]) -> tuple[list[int], bool]:
+        """The drafts of which more should hold: those of the masks, or those of the text itself (then True)."""
+        found = self._found(row)
+        best, instead = found, bool(found.drafts)
+        blocks = [found] if found.drafts else []
+        if row.drafts:
+            logits = self.experience.made(confidences[: row.drafts], found.logits)
+            block = OpenBlock([int(token) for token in made[: row.drafts]], logits, self.experience.calibration)
+            blocks.append(block)
+            if sum(block.reach) >= sum(found.reach):
+                best, instead = block, False
+        self.open.setdefault(row.sequence, []).extend(blocks)
+        self.reach[row.sequence], row.drafts = best.reach, len(best.drafts)
+        return best.drafts, instead
+
+    def _found(self, row: Running) -> OpenBlock:
+        found = Found([], 0)
+        if self.lookup:
+            index = self.texts.setdefault(row.sequence, TextLookup())
+            found = index.find(row.text, min(self.experience.masks, row.remaining - 1))
+        return OpenBlock(found.drafts, match_log_odds(*found), self.experience.lookup)
 
 
 def next_layout(strategy: str, drafts: int, masks: int, remaining: int) -> Layout:

@@ -167,7 +167,7 @@ def _decode(
         for step in done:
             sequences[step.sequence].append(step)
     seconds = time.perf_counter() - start
-    drafts = [_drafts_verified(own, max_new_tokens) for own in sequences]
+    drafts = [[step.verified for step in own] for own in sequences]
     return Decoded(
         tokens=[[token for step in own for token in step.tokens] for own in sequences],
         sizes=[[len(step.tokens) for step in own] for own in sequences],
@@ -182,17 +182,6 @@ def _decode(
         seconds=seconds,
         first_token_seconds=first_token,
     )
-
-
-def _drafts_verified(steps: Sequence[Step], max_new_tokens: int) -> list[int]:
-    """How many drafts each step of a sequence verified; in a batch its layout may hold filler behind them."""
-    counts, at_hand, remaining = [], 0, max_new_tokens
-    for step in steps:
-        counts.append(min(at_hand, step.layout.regular - 1))
-        remaining -= len(step.tokens)
-        block = step.layout.block_rows(step.accepted)
-        at_hand = 0 if block is None else min(block.stop - block.start, remaining - 1)
-    return counts
 
 
 def count(done: Run, masks: int) -> Counts:

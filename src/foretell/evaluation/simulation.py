@@ -53,10 +53,10 @@ def simulate(
     holding = 0  # of the drafts at hand: their confidences, and how many of them will hold
     tokens, seconds = 0, 0.0
     for _ in range(steps):
-        (layout,) = planner.layouts([logits], [MUCH])
+        (layout,) = planner.layouts([experience.calibration.reach(logits)], [MUCH])
         accepted = min(layout.regular - 1, holding)
         tokens, seconds = tokens + accepted + 1, seconds + cost(layout.regular, layout.masks)
-        experience.decided(logits, holding)
+        experience.calibration.decided(logits, holding)
         rows = layout.block_rows(accepted)
         made = 0 if rows is None else rows.stop - rows.start
         logits, holding = [], 0

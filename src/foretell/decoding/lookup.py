@@ -1,0 +1,57 @@
+"""Drafts from the text itself: what followed its last tokens where they stood in it before."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+TRIED = 8  # earlier places of the last two tokens that are compared, the latest ones
+LONGEST = 32  # tokens: a longer match says no more
+
+
+class Found(NamedTuple):
+    """Drafts, and how many of the text's last tokens stood before them."""
+
+    drafts: list[int]
+    matched: int
+
+
+class TextLookup:
+    """Finds the last tokens of one growing text earlier in it.
+
+    Prompt lookup (n-gram) decoding, as a second source of drafts beside the masks: it costs no row of any step.
+    """
+
+    def __init__(self) -> None:
+        self._behind: dict[tuple[int, int], list[int]] = {}  # places behind every two neighbours
+        self._read = 1  # tokens whose pairs are known
+
+    def find(self, text: Sequence[int], most: int) -> Found:
+        """Up to `most` drafts after `text`, which begins with the text of the last call; none if nothing matches.
+
+        Of the latest places with the same last two tokens the one with the longest match. Where that overlaps the end
+        of the text, its period goes on.
+        """
+        for place in range(self._read, len(text) - 1):
+            self._behind.setdefault((text[place - 1], text[place]), []).append(place + 1)
+        self._read = max(self._read, len(text) - 1)
+        best, longest = 0, 0
+        for place in reversed(self._behind.get((text[-2], text[-1]), ())[-TRIED:] if len(text) > 2 else ()):
+            matched = 2
+            while matched < min(LONGEST, place) and text[place - 1 - matched] == text[-1 - matched]:
+                matched += 1
+            if matched > longest:
+                best, longest = place, matched
+        if not longest or most < 1:
+            return Found([], 0)
+        period = len(text) - best
+        return Found([text[best + number % period] for number in range(most)], longest)
+
+
+def match_log_odds(drafts: Sequence[int], matched: int) -> list[float]:
+    """What a match of so many tokens promises for each of its drafts, before experience corrects it.
+
+    1 : 1 for two tokens, four times that for eight; each draft that holds makes the match longer.
+    """
+    return [math.log2(matched + number) - 1 for number in range(len(drafts))]
