@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-TRIED = 8  # earlier places of the last two tokens that are compared, the latest ones
+SIZES = (2, 1)  # last tokens by which earlier places are found, the first size that finds any
+TRIED = 8  # of these places, the latest ones, that are compared
 LONGEST = 32  # tokens: a longer match says no more
 
 
@@ -24,21 +25,24 @@ class TextLookup:
     """
 
     def __init__(self) -> None:
-        self._behind: dict[tuple[int, int], list[int]] = {}  # places behind every two neighbours
-        self._read = 1  # tokens whose pairs are known
+        self._behind: dict[tuple[int, ...], list[int]] = {}  # places behind tokens and pairs of tokens
+        self._read = 1  # places known, but for the first
 
     def find(self, text: Sequence[int], most: int) -> Found:
         """Up to `most` drafts after `text`, which begins with the text of the last call; none if nothing matches.
 
-        Of the latest places with the same last two tokens the one with the longest match. Where that overlaps the end
-        of the text, its period goes on.
+        Of the latest places behind the same last two tokens, or one, the one with the longest match. Where that
+        overlaps the end of the text, its period goes on.
         """
-        for place in range(self._read, len(text) - 1):
-            self._behind.setdefault((text[place - 1], text[place]), []).append(place + 1)
-        self._read = max(self._read, len(text) - 1)
+        for place in range(self._read, len(text)):
+            for size in SIZES:
+                if size <= place:
+                    self._behind.setdefault(tuple(text[place - size : place]), []).append(place)
+        self._read = max(self._read, len(text))
+        places = (self._behind.get(tuple(text[-size:])) for size in SIZES)
         best, longest = 0, 0
-        for place in reversed(self._behind.get((text[-2], text[-1]), ())[-TRIED:] if len(text) > 2 else ()):
-            matched = 2
+        for place in reversed((next(filter(None, places), None) or [])[-TRIED:]):
+            matched = 1
             while matched < min(LONGEST, place) and text[place - 1 - matched] == text[-1 - matched]:
                 matched += 1
             if matched > longest:
@@ -52,6 +56,6 @@ class TextLookup:
 def match_log_odds(drafts: Sequence[int], matched: int) -> list[float]:
     """What a match of so many tokens promises for each of its drafts, before experience corrects it.
 
-    1 : 1 for two tokens, four times that for eight; each draft that holds makes the match longer.
+    Odds of 1 : 2 for one token, 1 : 1 for two, 4 : 1 for eight; each draft that holds makes the match longer.
     """
     return [math.log2(matched + number) - 1 for number in range(len(drafts))]
