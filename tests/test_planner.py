@@ -19,7 +19,7 @@ from foretell.decoding.strategies import Adaptive, Running
 from foretell.evaluation.acceptance_profiles import named_profile
 from foretell.evaluation.optimum import by_width, optimum
 from foretell.evaluation.simulation import noisy_costs, simulate
-from foretell.layout import Layout, linear, plain, quadratic
+from foretell.layout import Block, Layout, linear, plain, quadratic
 
 from .models import random_prompt, reference, tiny_model
 
@@ -101,6 +101,39 @@ def test_equal_sequences_are_planned_as_one() -> None:
     (alone,) = planner.layouts([reach], [1000])
     assert alone.regular > 1 and alone.masks
     assert planner.layouts([reach] * 16, [1000] * 16) == [alone] * 16
+
+
+def test_costs_follow_what_steps_really_take() -> None:
+    """Measured where masks seemed cheap: once they prove dear, fewer are hung, and none if they are not worth it."""
+    cheap = noisy_costs(8, COSTS["idle"], 0.0, np.random.default_rng(0))
+    planner = Planner(cheap, experience := Experience(8))
+    for _ in range(32):
+        experience.made([0.6] * 8)
+    planner.solve(300)
+    (before,) = planner.layouts([[1.0]], [1000])
+    plain_seconds, masked_seconds = planner._table[0, 0], planner._table[0, 8]
+    for _ in range(7):
+        planner.took(before, 0, 9.0)
+    planner.solve()
+    assert planner._table[0, 8] == masked_seconds  # one odd step, or seven, is no rule
+    for _ in range(64):
+        planner.took(plain(), 0, 2.0)  # a machine half as fast
+        planner.took(Layout(1, (Block(0, 8),)), 0, 2.0 * 5.0)
+    planner.solve(300)
+    assert planner._table[0, 0] == pytest.approx(2.0 * plain_seconds)
+    assert planner._table[0, 8] == pytest.approx(10.0) and planner._table[3, 8] > 10.0
+    (after,) = planner.layouts([[1.0]], [1000])
+    assert before.masks > 0 and after.masks == 0
+
+
+def test_what_is_not_timed_is_as_fast_as_what_is() -> None:
+    planner = Planner(noisy_costs(4, COSTS["1B"], 0.0, np.random.default_rng(0)), Experience(4))
+    ratio = planner._table[0, 4] / planner._table[0, 0]
+    for _ in range(20):
+        planner.took(plain(), 0, 3.0)
+    planner.solve()
+    assert planner._table[0, 0] == pytest.approx(3.0)
+    assert planner._table[0, 4] / planner._table[0, 0] == pytest.approx(ratio)
 
 
 def test_probes_become_rare_but_never_end() -> None:

@@ -87,4 +87,4 @@ def test_the_planner_forgets_those_that_have_ended(known: Known) -> None:
     strategy = strategy_of(model, config, 2)
     assert isinstance(strategy, Adaptive)
     list(refilled_steps(model, enumerate(prompts), 2, config, Picker(config), strategy=strategy))
-    assert not strategy.open and not strategy.at_hand
+    assert not strategy.open and not strategy.reach and not strategy.texts

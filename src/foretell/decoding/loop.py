@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -94,6 +95,7 @@ def refilled_steps(
     drafts = x.new_empty((len(first), 0))  # (B, most drafts), NO_DRAFT where a sequence has fewer
     try:
         while running:
+            begin = time.perf_counter()
             layouts = aligned(strategy.layouts(running), masks)
             if model.base.max_columns is not None and max(cache.lengths) + layouts[0].width > model.base.max_columns:
                 layouts = [plain()] * len(running)
@@ -117,7 +119,9 @@ def refilled_steps(
                 verified = min(row.drafts, regular - 1)
                 accepted = min(accepted, len(tokens))
                 done.append(Step(tokens, accepted, layout, row.sequence, verified, kept, not row.remaining))
+            spent = time.perf_counter() - begin
             yield done
+            begin = time.perf_counter()
             accepted = [count for count, *_ in decided]
             cache.keep([count + 1 for count in accepted])
             order = leave_finished(running, cache)
@@ -131,6 +135,7 @@ def refilled_steps(
                     latents, logits = latents[order], logits[order]
                 read = surviving(logits, blocks) if along else None
                 drafts = draft_blocks(drafter, strategy, surviving(latents, blocks), read, x, running)
+                strategy.took(layouts[0], spent + time.perf_counter() - begin)
             else:
                 running = []
             if joining := list(islice(waiting, batch_size - len(running))):

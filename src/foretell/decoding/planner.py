@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import combinations
@@ -15,6 +16,7 @@ from foretell.layout import Block, Layout
 SWEEPS = 3  # of value iteration per solution, each going on from the last
 SOLVE_EVERY = (2, 16)  # steps between solutions, doubling from the first to the second
 IN_NEW_TEXT = 8  # steps before the first solution
+TIMED = (16, 64)  # steps of a kind that correct its costs: the fewest, and the most, the latest ones
 PROBE_EVERY = (8, 256)  # steps without masks before some are tried again, `PROBE_RARER` times as many while in vain
 PROBE_RARER = 8
 PROBE_MASKS = 4  # the first drafts tell most
@@ -40,15 +42,16 @@ class Planner:
         self._blocks = np.array([[dict(shape.blocks).get(r, 0) for r in range(masks + 1)] for shape in self.shapes])
         self._verified = np.array([shape.regular - 1 for shape in self.shapes])
         self._hung = self._blocks.sum(1)
-        self._table = costs.steps(masks)
-        self._seconds = self._table[self._verified, self._hung]
+        self._measured, self._drafting = costs.steps(masks), costs.drafting(masks)
         self._ends = np.searchsorted(self._verified, np.arange(masks + 1), side="right")  # of those up to d drafts
         # (L, k+1): 1 for the tokens that a shape has
         self._there = (np.arange(masks + 1) <= self._verified[:, None]).astype(float)
-        self._chain = np.diff(costs.drafting(masks))  # (k,): seconds of each draft of the sampler chain
-        self.drafting = costs.drafting(masks)  # (k+1,): expected of a block of n masks
+        self._took: dict[bool, deque[float]] = {hung: deque(maxlen=TIMED[1]) for hung in (False, True)}
+        self.drafting = self._drafting  # (k+1,): expected of a block of n masks
         self.value = np.zeros(masks + 1)
-        self.per_token = float(self._seconds[0])
+        self.per_token = float(self._measured[0, 0])
+        self._table = self._measured
+        self._correct_costs()
         self._weights = self._worth()
         self._until_solution, self._solve_every = 0, SOLVE_EVERY[0]
         self._without_masks, self._probe_every = 0, PROBE_EVERY[0]
@@ -102,14 +105,35 @@ class Planner:
         self._without_masks, self._probe_every = 0, min(PROBE_RARER * self._probe_every, PROBE_EVERY[1])
         return True
 
+    def took(self, layout: Layout, drafts: int, seconds: float) -> None:
+        """A step of this layout, with the making of so many drafts behind it, took so long."""
+        expected = self._measured[layout.regular - 1, layout.masks] + self._drafting[drafts]
+        self._took[layout.masks > 0].append(seconds / expected)
+
+    def _correct_costs(self) -> None:
+        """Steps with masks and steps without cost what they were measured to, times what the latest of them really
+        took: the context is another than in measuring, or the machine was busy then. Lower quartiles, as first steps of
+        a layout and disturbances take longer."""
+        known = [sorted(own)[len(own) // 4] if len(own) >= TIMED[0] else None for own in self._took.values()]
+        plain_factor, masked_factor = (own or next(filter(None, known), 1.0) for own in known)
+        scale = plain_factor * self._measured[0, 0] / self._table[0, 0]
+        self.per_token, self.value = self.per_token * scale, self.value * scale  # as all costs change, so do these
+        self._table = self._measured * masked_factor
+        self._table[:, 0] = self._measured[:, 0] * plain_factor
+        self._seconds = self._table[self._verified, self._hung]
+        self._chain = np.diff(self._drafting) * masked_factor  # (k,): seconds of each draft of the sampler chain
+
     def solve(self, sweeps: int = SWEEPS) -> None:
         """Relative value iteration over the recent blocks, going on from the last solution (docs/planner.md)."""
+        self._correct_costs()
         reach, found = self.experience.recent_reach()  # (N, k+1) each
         if self.stops_early:
             # A draft is worth a token's seconds times the chance that it is reached, and those after it once more.
             self.floor = float(self._chain.mean()) / self.per_token / 2
             made = (reach[:, :-1] >= self.floor).mean(0)
             self.drafting = np.append(0.0, np.cumsum(self._chain * made))
+        else:
+            self.drafting = np.append(0.0, np.cumsum(self._chain))
         starts = np.append(0, self._ends[:-1])
         for _ in range(sweeps):
             worth = self._worth().T

@@ -51,6 +51,10 @@ class Strategy(Protocol):
         """
         ...
 
+    def took(self, layout: Layout, seconds: float) -> None:
+        """The last step, of the layout that all sequences had in common, took so long with the drafting behind it."""
+        ...
+
 
 @dataclass(frozen=True)
 class Fixed:
@@ -68,6 +72,9 @@ class Fixed:
 
     def drafted(self, running: Sequence[Running], drafts: Tensor, confidences: Tensor | None) -> Tensor:
         return drafts
+
+    def took(self, layout: Layout, seconds: float) -> None:
+        pass
 
 
 @dataclass
@@ -94,11 +101,13 @@ class Adaptive:
     reach: dict[int, list[float]] = field(default_factory=dict)  # chances that the first 0, 1, ... drafts at hand hold
     texts: dict[int, TextLookup] = field(default_factory=dict)
     floor: float = 0.0  # of the chance that all drafts made so far hold
+    planning: Planner | None = None  # who planned the last step
+    made: int = 0  # drafts of the masks behind it
 
     def layouts(self, running: Sequence[Running]) -> list[Layout]:
         reach = [self.reach[row.sequence] if row.drafts else [1.0] for row in running]
         remaining = [row.remaining for row in running]
-        planner = self.planner(len(running))
+        self.planning = planner = self.planner(len(running))
         layouts, self.floor = planner.layouts(reach, remaining), planner.floor
         return [within(layout, left) for layout, left in zip(layouts, remaining, strict=True)]
 
@@ -131,6 +140,7 @@ class Adaptive:
                 kept.pop(row.sequence, None)
 
     def drafted(self, running: Sequence[Running], drafts: Tensor, confidences: Tensor | None) -> Tensor:
+        self.made = drafts.shape[1]
         made: list[list[float]] = [[] for _ in running]
         sure = made
         if confidences is not None:
@@ -141,6 +151,10 @@ class Adaptive:
             return drafts
         most = max(len(own) for own, _ in chosen)
         return torch.tensor([own + [0] * (most - len(own)) for own, _ in chosen], device=drafts.device)
+
+    def took(self, layout: Layout, seconds: float) -> None:
+        if self.planning is not None:
+            self.planning.took(layout, self.made, seconds)
 
     def _choose(self, row: Running, made: Sequence[float], confidences: Sequence[float]) -> tuple[list[int], bool]:
         """The drafts of which more should hold: those of the masks, or those of the text itself (then True)."""

@@ -153,6 +153,7 @@ def _decode(
         "strategy": method.name,
         "masks": method.masks or None,
         "use_sampler": method.use_sampler,
+        "lookup": method.from_text,
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "seed": seed,

@@ -24,13 +24,15 @@ MASKS = (1, 2, 4, 8)
 class Method:
     """A row of a comparison: `name` is a strategy, or HUGGINGFACE, PROMPT_LOOKUP or ASSISTED, which transformers runs.
 
-    `masks` is 0 where none are used; `lookup` is the most tokens that prompt lookup drafts per step.
+    `masks` is 0 where none are used; `lookup` is the most tokens that prompt lookup drafts per step. `from_text` is
+    whether the adaptive strategy drafts from the text itself too.
     """
 
     name: str
     masks: int = 0
     use_sampler: bool = True
     lookup: int = 0
+    from_text: bool = True
 
     @property
     def of_transformers(self) -> bool:
@@ -48,7 +50,9 @@ class Method:
         if not self.masks:
             return self.name
         masks = f"{self.masks} mask{'s' if self.masks > 1 else ''}"
-        return f"{self.name}, up to {masks}" if self.name == ADAPTIVE else f"{self.name} with {masks}"
+        if self.name == ADAPTIVE:
+            return f"{self.name}{'' if self.from_text else ' without lookup'}, up to {masks}"
+        return f"{self.name} with {masks}"
 
 
 def methods_to_compare(
@@ -64,7 +68,8 @@ def methods_to_compare(
 ) -> list[Method]:
     """The rows in the order of the table: baselines first, then every strategy with every number of masks.
 
-    The adaptive strategy has the largest number alone: to it that is no more than a limit.
+    The adaptive strategy has the largest number alone: to it that is no more than a limit. It comes twice, the second
+    time with drafts of the masks only.
     Raises ForetellError for a method that the model can't do.
     """
     drafting = []
@@ -75,6 +80,8 @@ def methods_to_compare(
         if strategy == ADAPTIVE:
             counts = counts and (max(counts),)
         drafting += [Method(strategy, k, use_sampler) for k in dict.fromkeys(counts)]
+        if strategy == ADAPTIVE:
+            drafting += [Method(strategy, k, use_sampler, from_text=False) for k in counts]
     if not drafting:
         raise ForetellError(
             "nothing to compare with plain decoding: give at least one strategy and one number of masks"
