@@ -56,6 +56,6 @@ class TextLookup:
 def match_log_odds(drafts: Sequence[int], matched: int) -> list[float]:
     """What a match of so many tokens promises for each of its drafts, before experience corrects it.
 
-    Odds of 1 : 2 for one token, 1 : 1 for two, 4 : 1 for eight; each draft that holds makes the match longer.
+    Odds of n : 2 for n tokens; each draft that holds makes the match longer.
     """
-    return [math.log2(matched + number) - 1 for number in range(len(drafts))]
+    return [math.log((matched + number) / 2) for number in range(len(drafts))]
