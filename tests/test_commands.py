@@ -185,10 +185,12 @@ def test_demo_without_a_terminal(capsys: Captured, tmp_path: Path) -> None:
     assert err == "" and "\x1b" not in out
     assert out.startswith("You are watching a language model")
     assert "unseen school problem 2 of 2" in out and "unseen Python function 1 of 1" in out
-    shown = out.split("problems 0:")[1].split("\n   ")[0].replace("\n", "")
+    shown, account = out.split("problems 0:")[1].split("\n   ")[:2]
+    shown = shown.replace("\n", "")
     text = foretell.load().generate("problems 0:", max_new_tokens=10)
     assert shown.replace("│", "").replace("|", "") == text.text.replace("\n", "").replace("|", "")
-    assert max(shown.count("│"), shown.count("|") - text.text.count("|")) == text.steps
+    steps = int(account.split("tokens in ")[1].split()[0])  # not those of `text`: the planner goes by time
+    assert max(shown.count("│"), shown.count("|") - text.text.count("|")) == steps
     assert "Where to go next" in out and "foretell bench" in out
     assert picture.read_text().startswith("<svg") and "school&#160;problem" in picture.read_text()
 
