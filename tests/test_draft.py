@@ -6,7 +6,7 @@ from torch import Tensor
 
 from foretell.decoding.draft import GoOn, draft
 from foretell.model import MTPModel
-from foretell.sampler import BigramHead
+from foretell.sampler import BigramHead, CombinedHead, SamplerHead
 
 from .models import VOCAB, random_prompt, reference, tiny_model
 
@@ -21,7 +21,7 @@ def plain_chain(model: MTPModel, latents: Tensor, token: Tensor) -> list[int]:
     return drafts
 
 
-@pytest.mark.parametrize("sampler", ["mlp", "residual", "bigram"])
+@pytest.mark.parametrize("sampler", ["mlp", "residual", "bigram", "combined"])
 @pytest.mark.parametrize("name", ["llama", "opt", "gemma2"])
 def test_chain_equals_the_plain_reading(name: str, sampler: str) -> None:
     model = tiny_model(name, sampler=sampler)
@@ -106,7 +106,32 @@ def test_the_bigram_head_adds_a_low_rank_table_to_the_logits() -> None:
     model = tiny_model(sampler="bigram", sampler_rank=3)
     assert isinstance(model.sampler, BigramHead)
     tokens, latents = torch.arange(VOCAB), torch.randn(VOCAB, 32)
-    bias = model.base.unembed(model.sampler(model.base.embed(tokens), latents)) - model.base.unembed(latents)
-    assert torch.linalg.matrix_rank(bias, rtol=1e-4) == 3
-    fresh = tiny_model(sampler="bigram", random_adapter=False).sampler
-    assert fresh is not None and torch.equal(fresh(model.base.embed(tokens), latents), latents)
+
+    def added(latents: torch.Tensor) -> torch.Tensor:
+        return model.base.unembed(model.sampler(model.base.embed(tokens), latents)) - model.base.unembed(latents)
+
+    assert torch.linalg.matrix_rank(added(latents), rtol=1e-4) == 3
+    # In units of the latents' own size, whatever that is.
+    torch.testing.assert_close(added(5 * latents), 5 * added(latents), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("sampler", ["residual", "bigram", "combined"])
+def test_heads_start_at_the_bases_own_choice(sampler: str) -> None:
+    head = tiny_model(sampler=sampler, random_adapter=False).sampler
+    assert head is not None
+    latents = torch.randn(5, 32)
+    assert torch.equal(head(torch.randn(5, 32), latents), latents)
+
+
+def test_the_combined_head_is_the_sum_of_the_two() -> None:
+    model = tiny_model(sampler="combined", sampler_rank=3)
+    assert isinstance(model.sampler, CombinedHead)
+    embedding, latents = torch.randn(2, 5, 32)
+    out = model.sampler(embedding, latents)
+    size = latents.pow(2).mean(-1, keepdim=True).sqrt()
+    units = embedding / (embedding.pow(2).mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
+    table = size * (units @ model.sampler.bigram.a.weight.T @ model.sampler.bigram.b.weight.T)
+    residual = SamplerHead(32, 32, residual=True)
+    residual.load_state_dict({k: v for k, v in model.sampler.state_dict().items() if not k.startswith("bigram")})
+    torch.testing.assert_close(out, residual(embedding, latents) + table)
+    assert table.abs().mean() > 1e-4

@@ -118,11 +118,12 @@ class MTPConfig(Config):
     rank: int = option(128, "rank of the LoRA matrices", minimum=1)
     alpha: float = option(256.0, "LoRA scale: the low-rank term is multiplied by alpha / rank", minimum=0.0)
     sampler: str = option(
-        "residual",
-        "sampler head: residual (z + MLP), mlp as in the paper, bigram (z + low-rank map of the token before), or none",
-        choices=("mlp", "residual", "bigram", "none"),
+        "combined",
+        "sampler head: combined (z + MLP + low-rank map of the token before), residual (z + MLP), bigram (z + low-rank "
+        "map), mlp as in the paper, or none",
+        choices=("combined", "residual", "bigram", "mlp", "none"),
     )
-    sampler_rank: int = option(64, "rank of the bigram sampler head", minimum=1)
+    sampler_rank: int = option(64, "rank of the low-rank map of the bigram and combined sampler heads", minimum=1)
     mask_attention: str = option(
         "causal",
         "which masks of its block a mask sees: causal, up to itself; bidirectional, all, trained with blocks of random "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,11 +17,11 @@ class Sampler(nn.Module):
     """
 
     def prepare(self, latent: Tensor) -> Tensor:
-        """latent (..., D) -> (..., D): what needs no token."""
+        """latent (..., D) -> (..., P): what needs no token."""
         raise NotImplementedError
 
     def finish(self, prepared: Tensor, embedding: Tensor, latent: Tensor) -> Tensor:
-        """`prepared` and latent (..., D), embedding (..., E) -> (..., D), to be unembedded by the base."""
+        """`prepared` (..., P), embedding (..., E), latent (..., D) -> (..., D), to be unembedded by the base."""
         raise NotImplementedError
 
     def forward(self, embedding: Tensor, latent: Tensor) -> Tensor:
@@ -56,11 +57,11 @@ class SamplerHead(Sampler):
         return latent + out if self.residual else out
 
 
-class BigramHead(Sampler):
-    """z + B A E_y: logits W z plus a low-rank table of which token follows which, W B A E_y.
+class Bigram(nn.Module):
+    """rms(z) · B A (E_y / rms(E_y)): to the logits W z a low-rank table of which token follows which, W B A E_y.
 
-    A (r, E) and B (D, r); B starts at zero, so that training starts at the base's own choice. **Ours**: 2 r D numbers
-    instead of 3 D².
+    **Ours.** A (r, E) and B (D, r); B starts at zero, so that training starts at the base's own choice. In units of the
+    latent's own size it learns equally fast in every base: latents of size 6 drown what an unscaled head adds.
     """
 
     def __init__(self, d_model: int, d_embedding: int, rank: int) -> None:
@@ -69,17 +70,49 @@ class BigramHead(Sampler):
         self.b = nn.Linear(rank, d_model, bias=False)
         nn.init.zeros_(self.b.weight)
 
+    @staticmethod
+    def scale(latent: Tensor) -> Tensor:
+        """latent (..., D) -> its rms (..., 1), from which nothing is to be learnt."""
+        return torch.linalg.vector_norm(latent.detach(), dim=-1, keepdim=True) / latent.shape[-1] ** 0.5
+
+    def forward(self, embedding: Tensor, scale: Tensor) -> Tensor:
+        return scale * self.b(self.a(F.rms_norm(embedding, embedding.shape[-1:])))
+
+
+class BigramHead(Sampler):
+    """z + bigram: 2 r D numbers instead of 3 D²."""
+
+    def __init__(self, d_model: int, d_embedding: int, rank: int) -> None:
+        super().__init__()
+        self.bigram = Bigram(d_model, d_embedding, rank)
+
     def prepare(self, latent: Tensor) -> Tensor:
-        return latent
+        return Bigram.scale(latent)
 
     def finish(self, prepared: Tensor, embedding: Tensor, latent: Tensor) -> Tensor:
-        return prepared + self.b(self.a(embedding))
+        return latent + self.bigram(embedding, prepared)
+
+
+class CombinedHead(SamplerHead):
+    """z + MLP([E_y; z]) + bigram: the table learns at once, the MLP slowly what depends on the latent."""
+
+    def __init__(self, d_model: int, d_embedding: int, rank: int) -> None:
+        super().__init__(d_model, d_embedding, residual=True)
+        self.bigram = Bigram(d_model, d_embedding, rank)
+
+    def prepare(self, latent: Tensor) -> Tensor:
+        return torch.cat([super().prepare(latent), Bigram.scale(latent)], dim=-1)
+
+    def finish(self, prepared: Tensor, embedding: Tensor, latent: Tensor) -> Tensor:
+        out = super().finish(prepared[..., :-1], embedding, latent)
+        return out + self.bigram(embedding, prepared[..., -1:])
 
 
 def make_sampler(config: MTPConfig, d_model: int, d_embedding: int) -> Sampler | None:
     """The head that `config` names, None for none; its start is drawn from torch's global generator."""
     if config.sampler == "none":
         return None
-    if config.sampler == "bigram":
-        return BigramHead(d_model, d_embedding, config.sampler_rank)
+    if config.sampler in ("bigram", "combined"):
+        head = BigramHead if config.sampler == "bigram" else CombinedHead
+        return head(d_model, d_embedding, config.sampler_rank)
     return SamplerHead(d_model, d_embedding, residual=config.sampler == "residual")

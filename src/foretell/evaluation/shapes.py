@@ -79,7 +79,7 @@ def random_model(
     if packed or (packed is None and why_not(base.device, base.dtype) is None):
         base.pack(make)
     torch.manual_seed(seed)
-    model = MTPForCausalLM(base, MTPConfig(masks=masks, rank=rank, alpha=2.0 * rank, sampler="residual"), check=False)
+    model = MTPForCausalLM(base, MTPConfig(masks=masks, rank=rank, alpha=2.0 * rank, sampler="combined"), check=False)
     for name, parameter in model.adapter.named_parameters():
         if name.endswith(".b"):
             nn.init.normal_(parameter, std=0.01)
