@@ -23,10 +23,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from foretell.base import Base
+from foretell.base import Base, resolve_device
 from foretell.checkpoint import write_text
 from foretell.config import DTYPES, MTPConfig, TrainConfig
-from foretell.decoding.generate import resolve_device
 from foretell.errors import ForetellError
 from foretell.evaluation.shapes import SHAPES, random_llama
 from foretell.grouped_attention import grouped

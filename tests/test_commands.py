@@ -217,9 +217,13 @@ def fails(capsys: Captured, *arguments: object, named: str) -> None:
         ("", "--prompt"),
         ("--prompt a --prompt-file b", "either --prompt"),
         ("--prompt-file absent.txt", "absent.txt cannot be read"),
+        ("--prompt \udcff", "--prompt cannot be read: it is not UTF-8 text"),
+        ("--prompt -", "standard input cannot be read: it is not UTF-8 text"),
+        ("--prompt a --top-p 2", "--top-p"),
     ],
 )
-def test_bad_generate(options: str, named: str, saved: Path, capsys: Captured) -> None:
+def test_bad_generate(options: str, named: str, saved: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("\udcff"))  # what Python makes of a wrong byte in a C locale
     fails(capsys, "generate", "--model", saved, *options.split(), named=named)
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from foretell.cli import main
 from foretell.commands.data import _print_sequence
@@ -92,3 +94,15 @@ def test_training_takes_several_sources(place: Path, tmp_path: Path, capsys: pyt
     assert sorted(json.loads(shown.out)["data"].split()) == ["a.jsonl:2", "b.txt", "b.txt:0.5"]
     assert "a.jsonl, line 2: found txt" in shown.err.replace("\n", "")
     assert json.loads((tmp_path / "out" / "skipped.jsonl").read_text())["line"] == 2
+
+
+def test_words_keep_the_spaces_in_front_of_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Decoded by itself a token of a sentencepiece tokenizer loses its space, and the text would look damaged."""
+    words = ["<eos>", "▁one", "▁two", "▁three", "▁four"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<eos>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    save_base(tmp_path / "base")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(tmp_path / "base")
+    (tmp_path / "d.txt").write_text("one two three four")
+    assert main(show(tmp_path, str(tmp_path / "d.txt"), "--anchors", "99")) == 0
+    assert "one^ two^ three" in capsys.readouterr().out

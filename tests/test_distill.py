@@ -294,6 +294,9 @@ def test_the_command_in_words(saved: Path, tmp_path: Path, capsys: Captured) -> 
     assert "2 answers to 9 prompts" in out and "tokens per step" in out and "2 were cut off by the length" in out
     assert "7 prompts were skipped" in out and "q.jsonl:1: the prompt is empty" in out and "and 2 more" in out
     assert "foretell train --base" in out
+    assert cli.main([str(o) for o in (*options, "--only-finished", "--output", tmp_path / "b.jsonl")]) == 0
+    out = capsys.readouterr().out
+    assert "nothing to train on" in out and "foretell train" not in out
 
 
 @pytest.mark.parametrize(

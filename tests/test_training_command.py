@@ -137,3 +137,46 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(
     assert main([*every_step, "--resume"]) == 0
     name = checkpoint.WEIGHTS_FILE
     assert (tmp_path / "out" / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_the_first_sign_of_bad_input_is_one_sentence(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing of transformers' own output, and no wait for a base that is not needed to see the fault."""
+    data = str(tmp_path / "d.txt")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / checkpoint.CONFIG_FILE).write_text("{}")
+    for more, named in (
+        (["--device", "nowhere"], "there is no device 'nowhere'"),
+        (["--data", f"{data}:half"], "must be a number"),
+        (["--base", "./absent", "--data", "absent.txt"], "absent.txt does not exist"),
+        (["--base", "./absent", "--held-out", "absent.txt"], "absent.txt does not exist"),
+        (["--base", str(tmp_path / "adapter")], "is a trained adapter, not a base"),
+    ):
+        assert main([*arguments, *more]) == 2, more
+        err = capsys.readouterr().err
+        assert err.startswith("foretell: ") and named in err and err.count("\n") == 1, err
+
+
+def test_nothing_but_ours_is_printed_while_loading_and_nothing_is_wrapped(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.utils import logging
+
+    logging.enable_progress_bar()
+    monkeypatch.setenv("COLUMNS", "30")
+    (tmp_path / "bad.jsonl").write_text('{"txt": 1}\n{"text": "a document"}\n')
+    assert main([*arguments, str(tmp_path / "bad.jsonl")]) == 0
+    err = capsys.readouterr().err
+    assert "Loading weights" not in err
+    assert any("bad.jsonl, line 1: found txt; a record must" in line for line in err.splitlines()), err
+
+
+def test_the_acceptance_stands_at_the_left_of_the_panel() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=60, color_system=None)
+    display = Display(20, console)
+    display.latest = dict(LINE)
+    console.print(display.render())
+    file = console.file
+    assert isinstance(file, io.StringIO)
+    assert "\n1.60 tokens per step, simulated on training text" in file.getvalue()

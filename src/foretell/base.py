@@ -190,6 +190,17 @@ def is_hub_name(name: str) -> bool:
     return name.count("/") <= 1 and not name.startswith((".", "/", "~")) and bool(name)
 
 
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """None: a GPU if there is one. Raises ForetellError for a device that torch does not know or does not have."""
+    try:
+        resolved = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=resolved)
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
+        reason = str(error).strip().splitlines()[0]
+        raise ForetellError(f"there is no device {str(device)!r} ({reason}); give cpu, cuda or cuda:N") from error
+    return resolved
+
+
 def load_base(
     name: str,
     *,
@@ -208,6 +219,8 @@ def load_base(
 
     if not Path(name).is_dir() and (Path(name).exists() or not is_hub_name(name)):
         raise ForetellError(f"there is no base at {name}: give a directory with safetensors or a Hub name")
+    if (Path(name) / "foretell.json").is_file():
+        raise ForetellError(f"{name} is a trained adapter, not a base; give the base that it was trained for")
     quantisation = quantised.load_arguments(quantise, dtype, device)
     try:
         lm = AutoModelForCausalLM.from_pretrained(

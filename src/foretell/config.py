@@ -241,7 +241,9 @@ class DecodeConfig(Config):
     use_sampler: bool = option(True, "draft with the sampler head; off: drafts are the base's argmax at each mask")
     temperature: float = option(0.0, "0 is greedy; above, tokens are drawn from the base's distribution", minimum=0.0)
     top_k: int = option(0, "draw among the k likeliest tokens; 0: all", minimum=0)
-    top_p: float = option(1.0, "draw among the likeliest tokens that together have this probability", minimum=0.0)
+    top_p: float = option(
+        1.0, "draw among the likeliest tokens that together have this probability", minimum=0.0, maximum=1.0
+    )
     min_p: float = option(
         0.0, "draw among tokens at least this likely, relative to the likeliest", minimum=0.0, maximum=1.0
     )

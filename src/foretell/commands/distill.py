@@ -111,5 +111,7 @@ def report(done: Distillation) -> str:
         lines += [f"  {one['prompt']}: {one['reason']}" for one in done.skipped[:NAMED]]
         if len(done.skipped) > NAMED:
             lines.append(f"  and {len(done.skipped) - NAMED} more; --json names them all")
+    if not done.answers:
+        return "\n".join([*lines, "There is nothing to train on."])
     base, data = shlex.quote(done.base), shlex.quote(done.output)
     return "\n".join([*lines, "Next:", f"  foretell train --base {base} --data {data} --output my-adapter"])

@@ -77,11 +77,14 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     """The prompt's text; one line end at the end of a file or of standard input is not part of it."""
     if (prompt is None) == (prompt_file is None):
         raise ForetellError("give either --prompt TEXT (- for standard input) or --prompt-file FILE")
-    if prompt is not None and prompt != "-":
-        return prompt
     try:
+        if prompt is not None and prompt != "-":
+            prompt.encode()  # bytes that are not UTF-8 come as lone surrogates
+            return prompt
         text = sys.stdin.read() if prompt_file is None else prompt_file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text.encode()
+    except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise ForetellError(f"{prompt_file or 'standard input'} cannot be read: {reason}") from None
+        place = prompt_file or ("standard input" if prompt == "-" else "--prompt")
+        raise ForetellError(f"{place} cannot be read: {reason}") from None
     return text.removesuffix("\n").removesuffix("\r")

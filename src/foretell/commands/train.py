@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from foretell.commands.common import DataOption, MoreData
+from foretell.commands.common import DataOption, MoreData, quiet_loading
 from foretell.commands.options import dataclass_options, load_yaml
 from foretell.config import MTPConfig, TrainConfig
 from foretell.errors import ForetellError
@@ -52,7 +52,7 @@ def command(
     main = PartialState(cpu=device == "cpu").is_main_process  # of several, one speaks
     console = Console(stderr=True, quiet=not main)
     try:
-        with Display(settings.steps, console) as display:
+        with quiet_loading(), Display(settings.steps, console) as display:
             model = train(
                 **places, mtp=mtp, config=settings, resume=resume, init=init, device=device,
                 trust_remote_code=trust_remote_code, on_step=display,

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from foretell import checkpoint
-from foretell.base import Base
+from foretell.base import Base, resolve_device
 from foretell.config import DTYPES, QUANTISED, DecodeConfig
 from foretell.decoding import hook, loop
 from foretell.decoding.compiling import compile_steps
@@ -343,14 +343,3 @@ def resolve_quantise(quantise: str) -> str:
     if quantise not in QUANTISED:
         raise ForetellError(f"quantise must be one of {', '.join(QUANTISED)}, not {quantise!r}")
     return quantise
-
-
-def resolve_device(device: str | torch.device | None) -> torch.device:
-    """None: a GPU if there is one. Raises ForetellError for a device that torch does not know or does not have."""
-    try:
-        resolved = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=resolved)
-    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
-        reason = str(error).strip().splitlines()[0]
-        raise ForetellError(f"there is no device {str(device)!r} ({reason}); give cpu, cuda or cuda:N") from error
-    return resolved

@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from foretell.base import load_base
+from foretell.base import load_base, resolve_device
 from foretell.checkpoint import CONFIG_FILE, load_tokenizer
 from foretell.config import DecodeConfig, DistillConfig, MTPConfig
-from foretell.decoding.generate import MTPForCausalLM, resolve_device, resolve_dtype
+from foretell.decoding.generate import MTPForCausalLM, resolve_dtype
 from foretell.distillation.answering import Distillation, Progress, Work
 from foretell.distillation.journal import DISTILLED, Journal, check_output, check_settings, part_of
 from foretell.distillation.prompts import read_prompts

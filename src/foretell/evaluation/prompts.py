@@ -109,8 +109,8 @@ def to_context(prompts: Sequence[Tensor], length: int, bos: int | None = None) -
 def _record(line: str, path: Path, number: int, fields: Sequence[str]) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except ValueError as error:
-        raise ForetellError(f"{path}, line {number}: not valid JSON ({error})") from None
+    except json.JSONDecodeError as error:
+        raise ForetellError(f"{path}, line {number}: not valid JSON ({error.msg})") from None
     if not isinstance(record, dict) or not any(field in record for field in fields):
         found = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
         raise ForetellError(

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
-from foretell.base import Base
+from foretell.base import Base, resolve_device
 from foretell.config import MTPConfig
-from foretell.decoding.generate import MTPForCausalLM, resolve_device, resolve_dtype
+from foretell.decoding.generate import MTPForCausalLM, resolve_dtype
 from foretell.errors import ForetellError
 from foretell.packed import why_not
 from foretell.sampler import SamplerHead

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -25,7 +26,7 @@ class Display:
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TextColumn("left"), TimeRemainingColumn(), console=self.console,
         )  # fmt: skip
-        self._task = self._progress.add_task("training", total=steps)
+        self._task = self._progress.add_task("loading", total=steps)
         self._live: Live | None = None
 
     def __enter__(self) -> Self:
@@ -44,7 +45,7 @@ class Display:
             self._progress.update(self._task, description=f"reading, {line['reading']:,} records")
         elif "data" in line:
             self._progress.update(self._task, description="training")
-            self.console.print(line["data"], highlight=False, markup=False)
+            self.console.print(line["data"], soft_wrap=not self.console.is_terminal, highlight=False, markup=False)
         self.latest |= line
         self._progress.update(self._task, completed=line["step"], total=line["steps"])
         if self._live is not None:
@@ -54,9 +55,9 @@ class Display:
 
     def render(self) -> Group:
         """Progress, losses and agreement; the latest of each."""
-        return Group(self._progress, Text(losses_line(self.latest)), self._agreement())
+        return Group(self._progress, Text(losses_line(self.latest)), *self._agreement())
 
-    def _agreement(self) -> Table:
+    def _agreement(self) -> Iterator[RenderableType]:
         table = Table.grid(padding=(0, 1))
         held_out = self.latest.get("held_out_agreement")
         values = held_out or self.latest.get("agreement") or []
@@ -65,8 +66,8 @@ class Display:
         if values:
             name = "held_out_simulated_acceptance" if held_out else "simulated_acceptance"
             where = "held-out text" if held_out else "training text"
-            table.add_row("", "", f"{self.latest[name]:.2f} tokens per step, simulated on {where}")
-        return table
+            yield table
+            yield Text(f"{self.latest[name]:.2f} tokens per step, simulated on {where}")
 
 
 def bar(value: float) -> str:

@@ -21,7 +21,7 @@ from accelerate.utils import parse_flag_from_env, reduce
 from torch import Tensor
 
 from foretell import checkpoint
-from foretell.base import load_base
+from foretell.base import load_base, resolve_device
 from foretell.config import MTPConfig, TrainConfig
 from foretell.errors import ForetellError
 from foretell.model import MTPModel
@@ -34,6 +34,7 @@ from foretell.training.losses import ntp_loss
 from foretell.training.metrics import agreement
 from foretell.training.packing import packed
 from foretell.training.sharding import shard_base
+from foretell.training.sources import parse_sources
 from foretell.training.state import DIRECTORY, find_state, restore, save_state, settings
 from foretell.training.step import Latents, Stepper, latent_variance, learning_rate
 from foretell.training.store import SKIPPED_FILE
@@ -75,12 +76,16 @@ def train(
     """
     mtp, config, output = mtp or MTPConfig(), config or TrainConfig(), Path(output)
     check_installed(config.tracker)
+    for given in (data, config.held_out):
+        for source in parse_sources(given) if given is not None else ():
+            source.files()  # a wrong name shows before a large base has been loaded
     place = PartialState(cpu=device == "cpu")
+    where = resolve_device(device) if device else place.device
     with place.main_process_first():  # it may have to finish what a kill cut in two
         state = check_output(output, resume)
     sharded = config.shard_base or parse_flag_from_env("ACCELERATE_USE_FSDP")
     loaded = load_base(
-        base, dtype=getattr(torch, config.dtype), device="cpu" if sharded else device or place.device,
+        base, dtype=getattr(torch, config.dtype), device="cpu" if sharded else where,
         trust_remote_code=trust_remote_code, quantise=config.quantise,
     )  # fmt: skip
     if loaded.max_positions is not None and config.seq_len > loaded.max_positions:

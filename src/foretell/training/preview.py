@@ -14,6 +14,8 @@ from foretell.training.batches import Batches, split
 from foretell.training.data import Corpus, OnProgress, load_corpus
 from foretell.training.packing import packed
 
+CONTEXT = 8  # tokens decoded in front of others: many tokenizers drop a leading space
+
 
 class Stretch(NamedTuple):
     """Neighbouring tokens of one kind."""
@@ -104,6 +106,9 @@ def _stretches(
     place, shown = 0, 0
     for (document, is_trained, anchor), run in groupby(kinds):
         count = len(list(run))
-        text = tokenizer.decode(ids[place : place + count], clean_up_tokenization_spaces=False)
-        yield Stretch(str(text), is_trained, anchor >= 0, document > shown)
+        before = max(0, place - CONTEXT)
+        lead, whole = (
+            str(tokenizer.decode(ids[before:end], clean_up_tokenization_spaces=False)) for end in (place, place + count)
+        )
+        yield Stretch(whole[len(lead) :], is_trained, anchor >= 0, document > shown)
         place, shown = place + count, document

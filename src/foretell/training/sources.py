@@ -44,7 +44,7 @@ class Source:
         """ "data.jsonl", "folder:2", "owner/name", "owner/name:configuration:0.5".
 
         What stands behind the last colon is a weight if it is a number and the whole is not the name of a file.
-        Raises ForetellError for a weight that is not above 0.
+        Raises ForetellError for a weight that is not above 0, or not a number behind the name of a file.
         """
         text = str(given)
         name, colon, number = text.rpartition(":")
@@ -53,6 +53,8 @@ class Source:
         try:
             weight = float(number)
         except ValueError:
+            if Path(name).exists():
+                raise ForetellError(f"the weight in {text} must be a number, as in {name}:2") from None
             return cls(text)
         if not 0 < weight < math.inf:
             raise ForetellError(f"the weight in {text} must be above 0; leave out what is not to be trained on")
