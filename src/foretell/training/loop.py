@@ -99,7 +99,7 @@ def train(
             on_step({"step": 0, "steps": config.steps, "reading": report.records})
 
     with place.local_main_process_first():  # the others find the tokens there
-        corpus = load_corpus(data, model.tokenizer, config.seq_len, reading)
+        corpus = load_corpus(data, model.tokenizer, config.seq_len, reading, config.packing)
         held_out = load_corpus(config.held_out, model.tokenizer, config.seq_len) if config.held_out else None
     return Training(model, corpus, output, config, place, on_step, held_out).run(state)
 
@@ -195,7 +195,7 @@ class Training:
             line |= {"lr": learning_rate(self.step - 1, self.config), "elapsed": round(self.seconds, 2)}
         if self.held_out and self._every(self.config.evaluate_every):
             line |= self.evaluate()
-        self.metrics |= line
+        self.metrics |= {name: value for name, value in line.items() if value is not None}
         self.improved = self.best.beaten_by(line)
         if line and self.place.is_main_process:
             with (self.output / METRICS_FILE).open("a", encoding="utf-8") as file:
@@ -212,8 +212,8 @@ class Training:
 
     @torch.no_grad()
     def _measure(self, batch: Batch, latents: Latents) -> dict[str, Any]:
-        """On a few sequences of the batch just trained on: they are still unseen apart from that one step."""
-        few = slice(0, MEASURED_SEQUENCES)
+        """On the sequences of the batch just trained on with most labels: unseen apart from that one step."""
+        few = latents.target.valid.sum((1, 2)).argsort(descending=True, stable=True)[:MEASURED_SEQUENCES]
         target = type(latents.target)(*(tensor[few] for tensor in latents.target))
         with self.stepper.autocast():
             found = agreement(self.model, latents.z_masks[few], latents.z[few], latents.anchors[few], target)
