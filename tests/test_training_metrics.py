@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from rich.console import Console
 
@@ -18,6 +19,7 @@ from foretell.training.loop import train
 from foretell.training.metrics import Agreement
 from foretell.training.tracking import scalars
 
+from .following import follow, lines, power_cut_at, save_places
 from .saved import save_base
 
 
@@ -55,6 +57,20 @@ def test_sums_of_what_was_seen() -> None:
     assert (some + nothing).per_mask() == [0.25, None] and (some + nothing).simulated_acceptance() is None
     whole = Agreement(torch.tensor([1, 0]), torch.tensor([4, 2]), torch.tensor([1, 0]), 2)
     assert (whole + some).per_mask() == [0.25, 0.0] and (whole + some).simulated_acceptance() == 1.5
+
+
+def test_losses_are_means_of_all_steps_whenever_a_training_was_stopped(tmp_path: Path) -> None:
+    places, settings = save_places(tmp_path), {"steps": 8, "log_every": 4, "checkpoint_every": 1}
+    follow(places, tmp_path / "whole", settings)
+    for step in (2, 7):
+        with pytest.raises(RuntimeError):
+            follow(places, tmp_path / "cut", settings, on_step=power_cut_at(step), resume=step > 2)
+    follow(places, tmp_path / "cut", settings, resume=True)
+    whole, cut = (
+        [{k: v for k, v in line.items() if k not in ("elapsed", "tokens_per_second")} for line in lines(tmp_path / n)]
+        for n in ("whole", "cut")
+    )
+    assert cut == whole and len(whole) > 2
 
 
 LINE: dict[str, Any] = {"step": 1, "steps": 2, "loss": 2.0, "agreement": [0.5, None], "simulated_acceptance": None}
