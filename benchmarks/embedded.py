@@ -1,6 +1,7 @@
 """The embedded model's figures: exact answers, acceptance by number of masks, identity, and seconds.
 
-Writes one JSON file. `--part` runs one part and keeps the others of an earlier run.
+Writes one JSON file. `--part` runs one part and keeps the others of an earlier run. A part that is interrupted goes on
+where it was when the same command is given again; until it is whole, the file keeps what it had.
 """
 
 from __future__ import annotations
@@ -8,12 +9,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from unfinished import INTERRUPTED, STOPPED, Unfinished, joined, say
 
 import foretell
 from foretell.checkpoint import write_text
@@ -32,70 +35,78 @@ NEW_TOKENS = 128
 SPEED_MASKS = (1, 2, 3, 4, 6, 8)
 
 
-def answers(model: MTPForCausalLM, limit: int) -> dict[str, Any]:
+def answers(model: MTPForCausalLM, limit: int, kept: Unfinished) -> dict[str, Any]:
     """Exact answers of plain decoding and of quadratic decoding with all masks."""
     references = [str(record["answer"]) for _, record in read_records("problems", limit=limit)]
     ids = encode_prompts(model, load_prompts("problems", limit=limit), 220)
     result: dict[str, Any] = {"problems": len(ids), "max_new_tokens": 220}
-    for method in (Method("autoregressive"), Method("quadratic", model.max_masks)):
+
+    def row(method: Method) -> dict[str, Any]:
         done = run(model, ids, method, 220)
         texts = [model.decode(tokens) for tokens in done.tokens]
-        counts = count(done, method.masks)
-        result[method.name] = {"exact_answers": exact_answers(texts, references), **counts.to_dict()}
+        return {"exact_answers": exact_answers(texts, references), **count(done, method.masks).to_dict()}
+
+    for method in (Method("autoregressive"), Method("quadratic", model.max_masks)):
+        result[method.name] = kept.get(method.name, partial(row, method))
     return result
 
 
-def acceptance(model: MTPForCausalLM, limit: int, numbers: Sequence[int]) -> dict[str, Any]:
+def acceptance(model: MTPForCausalLM, limit: int, numbers: Sequence[int], kept: Unfinished) -> dict[str, Any]:
     """Tokens per step for every strategy and number of masks, and without the sampler; each output is compared."""
+
+    def row(ids: list[Tensor], expected: list[list[int]], method: Method) -> dict[str, Any]:
+        done = run(model, ids, method, NEW_TOKENS)
+        difference = first_difference(model, ids, expected, done.tokens)
+        return {
+            "strategy": method.name,
+            "masks": method.masks,
+            "use_sampler": method.use_sampler,
+            **count(done, method.masks).to_dict(),
+            "identical": difference is None,
+            "difference": vars(difference) if difference else None,
+        }
+
+    def generate(ids: list[Tensor]) -> list[list[int]]:
+        return run(model, ids, Method(HUGGINGFACE), NEW_TOKENS).tokens
+
     result: dict[str, Any] = {}
     for name in SETS:
         ids = encode_prompts(model, load_prompts(name, limit=limit), NEW_TOKENS)
-        expected = run(model, ids, Method(HUGGINGFACE), NEW_TOKENS).tokens
+        expected = kept.get(f"{name} generate()", partial(generate, ids))
         rows = []
         for sampler in (True, False):
             for strategy in ("linear", "quadratic"):
                 # What the sampler adds is asked at all masks only.
                 for masks in numbers if sampler else (model.max_masks,):
-                    done = run(model, ids, Method(strategy, masks, sampler), NEW_TOKENS)
-                    difference = first_difference(model, ids, expected, done.tokens)
-                    counts = count(done, masks)
-                    rows.append(
-                        {
-                            "strategy": strategy,
-                            "masks": masks,
-                            "use_sampler": sampler,
-                            **counts.to_dict(),
-                            "identical": difference is None,
-                            "difference": vars(difference) if difference else None,
-                        }
-                    )
-                    say(f"{name} {strategy} k={masks} sampler={sampler}: {counts.acceptance_rate:.3f} tokens per step")
+                    label = f"{name} {strategy} k={masks} sampler={sampler}"
+                    method = Method(strategy, masks, sampler)
+                    rows.append(kept.get(label, partial(row, ids, expected, method)))
+                    say(f"{label}: {rows[-1]['acceptance_rate']:.3f} tokens per step")
         result[name] = {"prompts": len(ids), "max_new_tokens": NEW_TOKENS, "rows": rows}
     return result
 
 
-def speed(model: MTPForCausalLM, limit: int, rounds: int) -> dict[str, Any]:
+def speed(model: MTPForCausalLM, limit: int, rounds: int, kept: Unfinished) -> dict[str, Any]:
     """`bench` over every strategy and the numbers of masks in SPEED_MASKS."""
-    sets = {name: load_prompts(name, limit=limit) for name in SETS}
 
     def on_progress(done: int, total: int, name: str) -> None:
         if done % 100 == 0 or done == total:
             say(f"speed, {name}: {done} of {total} generations")
 
     masks = [k for k in SPEED_MASKS if k <= model.max_masks]
-    return bench(
-        model,
-        sets,
-        strategies=STRATEGIES,  # adaptive among them
-        masks=masks,
-        max_new_tokens=NEW_TOKENS,
-        rounds=rounds,
-        on_progress=on_progress,
-    ).to_dict()
 
+    def report(name: str) -> dict[str, Any]:
+        return bench(
+            model,
+            {name: load_prompts(name, limit=limit)},
+            strategies=STRATEGIES,  # adaptive among them
+            masks=masks,
+            max_new_tokens=NEW_TOKENS,
+            rounds=rounds,
+            on_progress=on_progress,
+        ).to_dict()
 
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    return joined([kept.get(name, partial(report, name)) for name in SETS])
 
 
 def main() -> None:
@@ -109,23 +120,30 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=50, help="prompts per set for acceptance and identity")
     parser.add_argument("--masks", type=int, nargs="+", help="numbers of masks for acceptance [1 to k]")
     parser.add_argument("--speed-prompts", type=int, default=10, help="prompts per set for speed")
+    parser.add_argument("--fresh", action="store_true", help="don't go on with an interrupted run")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model = foretell.load(args.model)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     result = json.loads(args.output.read_text(encoding="utf-8")) if args.output.exists() else {}
-    parts = {
-        "answers": lambda: answers(model, args.problems),
-        "acceptance": lambda: acceptance(model, args.prompts, args.masks or range(1, model.max_masks + 1)),
-        "speed": lambda: speed(model, args.speed_prompts, args.rounds),
+    numbers = args.masks or range(1, model.max_masks + 1)
+    settings = {
+        "answers": {"prompts": args.problems},
+        "acceptance": {"prompts": args.prompts, "new_tokens": NEW_TOKENS},
+        "speed": {"prompts": args.speed_prompts, "rounds": args.rounds, "new_tokens": NEW_TOKENS},
     }
-    for name in args.part or parts:
-        start = time.perf_counter()
-        result[name] = parts[name]()
-        minutes = (time.perf_counter() - start) / 60
-        result[name]["run"] = {**environment(model), "minutes": minutes}
+    for name in args.part or settings:
+        kept = Unfinished(args.output, name, model, settings[name], args.fresh)
+        if name == "answers":
+            result[name] = answers(model, args.problems, kept)
+        elif name == "acceptance":
+            result[name] = acceptance(model, args.prompts, numbers, kept)
+        else:
+            result[name] = speed(model, args.speed_prompts, args.rounds, kept)
+        result[name]["run"] = {**environment(model), "minutes": kept.seconds / 60}
         write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", args.output)
-        say(f"{name}: {minutes:.1f} minutes; written to {args.output}")
+        kept.finish()
+        say(f"{name}: {kept.seconds / 60:.1f} minutes; written to {args.output}")
 
 
 if __name__ == "__main__":
@@ -133,3 +151,6 @@ if __name__ == "__main__":
         main()
     except ForetellError as error:
         sys.exit(f"embedded.py: {error}")
+    except KeyboardInterrupt:
+        say(STOPPED)
+        sys.exit(INTERRUPTED)

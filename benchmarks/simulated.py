@@ -46,7 +46,8 @@ def main() -> None:
         table.add_column(title, justify="left" if title in ("model, prompts", "strategy") else "right")
     for label, found in results.items():
         for row in found["comparisons"]:
-            mean = f"{found['mean_over_places']:.3f}" if row["strategy"] == "quadratic" else ""
+            known = row["strategy"] == "quadratic" and found["mean_over_places"] is not None
+            mean = f"{found['mean_over_places']:.3f}" if known else ""
             difference = f"{100 * row['relative_difference']:+.2f} %"
             cells = (label, str(found["tokens"]), row["strategy"], f"{row['simulated']:.3f}", f"{row['decoded']:.3f}")
             table.add_row(*cells, difference, mean)

@@ -2,7 +2,8 @@
 
 The embedded model on a mixed stream (problems, code and chat by turns) and on prompts that are hard on it: random
 tokens, another language, and an adapter that was never trained. Every strategy in alternation, beside plain decoding;
-the planner keeps its experience from text to text, as it does in use.
+the planner keeps its experience from text to text, as it does in use. An interrupted run goes on with the next set when
+the same command is given again.
 """
 
 from __future__ import annotations
@@ -10,20 +11,22 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from unfinished import INTERRUPTED, STOPPED, Unfinished, joined, say
 
 import foretell
 from foretell.base import load_base
 from foretell.checkpoint import write_text
 from foretell.config import MTPConfig
 from foretell.decoding.generate import EMBEDDED, MTPForCausalLM
+from foretell.errors import ForetellError
 from foretell.evaluation.bench import bench
 from foretell.evaluation.prompts import Prompt, load_prompts
-from foretell.evaluation.report import environment
+from foretell.evaluation.report import Report, environment
 
 RESULT = Path(__file__).parent / "results" / "streams.json"
 MASKS = (2, 4, 8)
@@ -65,17 +68,24 @@ def untrained() -> MTPForCausalLM:
     return model.for_inference()
 
 
-def measure(model: MTPForCausalLM, sets: dict[str, list[Prompt]], new: int, rounds: int) -> dict[str, Any]:
+def measure(
+    model: MTPForCausalLM, sets: dict[str, list[Prompt]], new: int, rounds: int, kept: Unfinished
+) -> dict[str, Any]:
     """`bench` of every strategy, and for each set how the planner stands to the best fixed one and to plain."""
 
     def on_progress(done: int, total: int, name: str) -> None:
         if done % 50 == 0 or done == total:
-            print(f"{name}: {done} of {total}", file=sys.stderr, flush=True)
+            say(f"{name}: {done} of {total}")
 
     masks = [k for k in MASKS if k <= model.max_masks]
-    report = bench(
-        model, sets, masks=masks, max_new_tokens=new, rounds=rounds, prompt_lookup=(), on_progress=on_progress
-    )
+
+    def one(name: str) -> dict[str, Any]:
+        own = {name: sets[name]}
+        return bench(
+            model, own, masks=masks, max_new_tokens=new, rounds=rounds, prompt_lookup=(), on_progress=on_progress
+        ).to_dict()
+
+    report = Report.from_dict(joined([kept.get(name, partial(one, name)) for name in sets]))
     verdicts = {}
     for cell in report.cells:
         rate = {row.method: row.tokens_per_second.median for row in cell.rows if not row.method.of_transformers}
@@ -98,20 +108,25 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--each", type=int, default=4, help="prompts of each kind in the mixed stream, at most 5")
     parser.add_argument("--new", type=int, default=96, help="tokens generated per prompt")
+    parser.add_argument("--fresh", action="store_true", help="don't go on with an interrupted run")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    start = time.perf_counter()
     model = foretell.load()
     sets = {
         "mixed": mixed(args.each),
         "random tokens": random_tokens(model.base.vocab_size),
         "another language": list(GERMAN),
     }
-    result = {"trained": measure(model, sets, args.new, args.rounds)}
-    result["untrained"] = measure(untrained(), {"problems": sets["mixed"][::3]}, args.new, args.rounds)
-    run = {**environment(model), "rounds": args.rounds, "new": args.new, "minutes": (time.perf_counter() - start) / 60}
+    models = {"trained": (model, sets), "untrained": (untrained(), {"problems": sets["mixed"][::3]})}
+    settings = {"rounds": args.rounds, "each": args.each, "new": args.new}
+    parts = {name: Unfinished(args.output, name, own, settings, args.fresh) for name, (own, _) in models.items()}
+    result = {name: measure(*models[name], args.new, args.rounds, kept) for name, kept in parts.items()}
+    minutes = sum(kept.seconds for kept in parts.values()) / 60
+    run = {**environment(model), "rounds": args.rounds, "new": args.new, "minutes": minutes}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write_text(json.dumps({"run": run, **result}, indent=1, ensure_ascii=False) + "\n", args.output)
+    for kept in parts.values():
+        kept.finish()
     for part in result.values():
         for name, verdict in part["verdicts"].items():
             print(
@@ -121,4 +136,10 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ForetellError as error:
+        sys.exit(f"streams.py: {error}")
+    except KeyboardInterrupt:
+        say(STOPPED)
+        sys.exit(INTERRUPTED)

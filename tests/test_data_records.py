@@ -217,7 +217,7 @@ def test_answers_are_found_where_a_template_writes_earlier_ones_differently() ->
 
 def test_texts_end_with_eos_and_long_ones_are_split(tmp_path: Path) -> None:
     corpus = load(write(tmp_path / "d.jsonl", {"text": "abcdefghij"}, {"text": "xyz"}), 8)
-    assert [text_of(example) for example in corpus.examples] == ["abcdefgh", "ij<eos>", "xyz<eos>"]
+    assert [text_of(example) for example in corpus.examples] == ["abcdef", "ghij<eos>", "xyz<eos>"]
     assert all(example.trained.all() for example in corpus.examples)
     report = corpus.report
     assert (report.records, report.split, report.truncated, report.tokens) == (2, 1, 0, 15)

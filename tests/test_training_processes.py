@@ -106,6 +106,8 @@ def test_a_training_goes_on_with_another_number_of_processes(place: Path) -> Non
     assert losses(place, "moved") == pytest.approx(losses(place, "stayed"), abs=1e-4)
     with pytest.raises(ForetellError, match=r"sequences per step .* \(was 4, now 2\)"):
         run(place, "moved", resume=True, batch_size=2, schedule="flat", warmup=1)
+    refused = launch(place, "moved", 2, "--resume", batch_size=4, schedule="flat", warmup=1)
+    assert refused.returncode and refused.stderr.count("(was 4, now 8)") == 1, "one process speaks"
 
 
 @pytest.mark.parametrize(

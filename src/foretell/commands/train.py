@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ from foretell.config import MTPConfig, TrainConfig
 from foretell.errors import ForetellError
 
 INTERRUPTED = 130
+MAIN_SPEAKS = 10.0  # seconds that another process waits with its error
 PLACES = ("base", "data", "output")
 
 
@@ -57,6 +59,10 @@ def command(
                 **places, mtp=mtp, config=settings, resume=resume, init=init, device=device,
                 trust_remote_code=trust_remote_code, on_step=display,
             )  # fmt: skip
+    except ForetellError:
+        if not main:  # the main one says the same, whereupon the launcher ends the others
+            time.sleep(MAIN_SPEAKS)
+        raise
     except KeyboardInterrupt:
         if (Path(places["output"]) / "checkpoint").is_dir():
             console.print("stopped and saved; give the same command with --resume to go on", markup=False)

@@ -41,8 +41,8 @@ class ForeseenReport:
     prompts: int
     tokens: int
     repeated_4gram_share: float
-    agreement: list[float]
-    mean_over_places: float
+    agreement: list[float | None]
+    mean_over_places: float | None
     simulated_linear: list[float]
     simulated_quadratic: list[float]
     comparisons: list[Comparison]

@@ -37,6 +37,7 @@ COLOURS = (BLUE, ORANGE, GREEN, PINK, YELLOW, "#56b4e9", "#5f5f5f")
 COLUMNS, WIDTH, ROW = 5, 13.0, 2.7  # most loss panels in a row; inches
 SECOND = 1.3  # height of the panels below, in rows of losses
 SMOOTHED_FROM = 40  # points: fewer are drawn as they are
+NAN = float("nan")  # a mask that had no label
 WIDE_RANGE = 20  # greatest over least from which a loss gets a logarithmic axis
 
 
@@ -50,7 +51,7 @@ class Run:
 
     def series(self, name: str) -> tuple[list[int], list[Any]]:
         """Steps and values where `name` was measured."""
-        found = [(line["step"], line[name]) for line in self.lines if name in line]
+        found = [(line["step"], line[name]) for line in self.lines if line.get(name) is not None]
         return [step for step, _ in found], [value for _, value in found]
 
     def terms(self) -> list[str]:
@@ -106,7 +107,7 @@ def milestones(run: Run, most: int = 10) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     latest: dict[str, Any] = {}
     for line in run.lines:
-        latest |= {name: line[name] for name in names if name in line}
+        latest |= {name: line[name] for name in names if line.get(name) is not None}
         if wanted in line:
             rows.append({"step": line["step"], **latest})
     return [rows[-1 - i * (len(rows) - 1) // max(1, most - 1)] for i in range(most)][::-1] if len(rows) > most else rows
@@ -200,7 +201,7 @@ def _agreement_over_steps(axes: Axes, run: Run) -> None:
     masks = max(map(len, values), default=0)
     for mask in range(masks):
         colour = colormaps["viridis"](0.9 * mask / max(1, masks - 1))
-        line = [value[mask] for value in values]
+        line = [NAN if value[mask] is None else value[mask] for value in values]  # a gap
         axes.plot(steps, line, color=colour, linewidth=1.8, marker="o" if len(steps) < 30 else "", markersize=3,
                   label=f"mask {mask + 1}")  # fmt: skip
     axes.set_ylim(bottom=0)
@@ -214,6 +215,7 @@ def _agreement_now(axes: Axes, runs: Sequence[Run]) -> None:
     for run, colour in _coloured(runs):
         found = run.held_out()
         values = found["held_out_agreement"] if found else (run.series("agreement")[1] or [[]])[-1]
+        values = [NAN if value is None else value for value in values]
         axes.plot(range(1, len(values) + 1), values, color=colour, linewidth=2, marker="o", markersize=4)
     axes.set_ylim(bottom=0)
     _masks_below(axes)

@@ -21,7 +21,7 @@ from foretell.training.tokenise import make_examples
 
 __all__ = ["Corpus", "Example", "Report", "candidates", "load_corpus"]
 
-FORMAT = 1  # of what is kept: a change to records or tokenisation that changes tokens must raise it
+FORMAT = 2  # of what is kept: a change to records or tokenisation that changes tokens must raise it
 SHOWN = 3  # bad records named in the report; all are in skipped.jsonl
 PROGRESS_SECONDS = 0.5
 
@@ -101,14 +101,18 @@ class Corpus:
 
 
 def load_corpus(
-    data: str | Path | Sequence[str | Path], tokenizer: Any, seq_len: int, on_progress: OnProgress | None = None
+    data: str | Path | Sequence[str | Path],
+    tokenizer: Any,
+    seq_len: int,
+    on_progress: OnProgress | None = None,
+    packing: bool = False,
 ) -> Corpus:
     """Everything in `data`, a source or several as "source[:weight]", in examples of at most `seq_len` tokens.
 
-    Texts longer than that become several examples; conversations are cut off. The tokens are kept in
-    `cache_directory()` and mapped into memory from there, so that any amount of data does, and the next training on the
-    same data begins at once. Bad records are left out, counted and named in the report. `on_progress` gets the report
-    so far about twice a second.
+    Texts longer than that become several examples of even lengths, or for `packing` full ones and a remainder;
+    conversations are cut off. The tokens are kept in `cache_directory()` and mapped into memory from there, so that any
+    amount of data does, and the next training on the same data begins at once. Bad records are left out, counted and
+    named in the report. `on_progress` gets the report so far about twice a second.
 
     Raises ForetellError if a source is missing or holds nothing to train on, and if the tokenizer can't render
     conversations.
@@ -119,11 +123,13 @@ def load_corpus(
         )
     sources = parse_sources(data)
     key = _tokenizer_key(tokenizer)
-    return Corpus(sources, [_load(source, tokenizer, key, seq_len, on_progress) for source in sources])
+    return Corpus(sources, [_load(source, tokenizer, key, seq_len, on_progress, packing) for source in sources])
 
 
-def _load(source: Source, tokenizer: Any, key: str, seq_len: int, on_progress: OnProgress | None) -> Store:
-    known = json.dumps([FORMAT, seq_len, key, source.stamp()])
+def _load(
+    source: Source, tokenizer: Any, key: str, seq_len: int, on_progress: OnProgress | None, packing: bool
+) -> Store:
+    known = json.dumps([FORMAT, seq_len, packing, key, source.stamp()])
     directory = cache_directory() / hashlib.sha256(known.encode()).hexdigest()[:32]
     if (store := Store.find(directory)) is not None:
         return store
@@ -134,7 +140,7 @@ def _load(source: Source, tokenizer: Any, key: str, seq_len: int, on_progress: O
             try:
                 if isinstance(record, BadRecord):
                     raise record
-                made = make_examples(record, tokenizer, seq_len)
+                made = make_examples(record, tokenizer, seq_len, packing)
             except BadRecord as bad:
                 report.skip(place, str(bad))
                 writer.skip({"file": place.file, place.unit: place.number, "reason": str(bad)})

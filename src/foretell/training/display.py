@@ -62,9 +62,10 @@ class Display:
         held_out = self.latest.get("held_out_agreement")
         values = held_out or self.latest.get("agreement") or []
         for number, value in enumerate(values, 1):
-            table.add_row(f"mask {number}", Text(bar(value), style="green"), f"{value:4.0%}")
-        if values:
-            name = "held_out_simulated_acceptance" if held_out else "simulated_acceptance"
+            shown = "   –" if value is None else f"{value:4.0%}"
+            table.add_row(f"mask {number}", Text(bar(value or 0.0), style="green"), shown)
+        name = "held_out_simulated_acceptance" if held_out else "simulated_acceptance"
+        if values and self.latest[name] is not None:
             where = "held-out text" if held_out else "training text"
             yield table
             yield Text(f"{self.latest[name]:.2f} tokens per step, simulated on {where}")
@@ -90,8 +91,9 @@ def losses_line(line: dict[str, Any]) -> str:
 def plain_line(line: dict[str, Any]) -> str:
     text = f"step {line['step']}/{line['steps']}  {losses_line(line)}"
     if "agreement" in line:
-        text += "  agreement " + " ".join(f"{value:.2f}" for value in line["agreement"])
-        text += f"  simulated acceptance {line['simulated_acceptance']:.2f}"
+        text += "  agreement " + " ".join("–" if value is None else f"{value:.2f}" for value in line["agreement"])
+        if line["simulated_acceptance"] is not None:
+            text += f"  simulated acceptance {line['simulated_acceptance']:.2f}"
     if "held_out_simulated_acceptance" in line:
         text += f"  held out {line['held_out_simulated_acceptance']:.2f}"
     return text

@@ -18,7 +18,6 @@ import transformers
 from accelerate import PartialState
 from accelerate.tracking import GeneralTracker
 from accelerate.utils import parse_flag_from_env, reduce
-from torch import Tensor
 
 from foretell import checkpoint
 from foretell.base import load_base, resolve_device
@@ -30,6 +29,7 @@ from foretell.training.best import Best
 from foretell.training.curves import METRICS_FILE, draw, milestones, picture_path, read_run
 from foretell.training.data import Corpus, Report, load_corpus
 from foretell.training.held_out import MOST, HeldOut
+from foretell.training.interval import Interval
 from foretell.training.losses import ntp_loss
 from foretell.training.metrics import agreement
 from foretell.training.packing import packed
@@ -104,7 +104,7 @@ def train(
             on_step({"step": 0, "steps": config.steps, "reading": report.records})
 
     with place.local_main_process_first():  # the others find the tokens there
-        corpus = load_corpus(data, model.tokenizer, config.seq_len, reading)
+        corpus = load_corpus(data, model.tokenizer, config.seq_len, reading, config.packing)
         held_out = load_corpus(config.held_out, model.tokenizer, config.seq_len) if config.held_out else None
     return Training(model, corpus, output, config, place, on_step, held_out).run(state)
 
@@ -159,6 +159,7 @@ class Training:
         self.trackers: list[GeneralTracker] = []
         self.step, self.seconds = 0, 0.0
         self.metrics: dict[str, Any] = {}  # the latest of each
+        self.interval = Interval()
         self.stop = False
 
     def run(self, state: dict[str, Any] | None) -> MTPModel:
@@ -168,11 +169,11 @@ class Training:
             self.seconds, self.metrics = float(state["seconds"]), dict(state["metrics"])
             if "held" in state:
                 self.stepper.held.load(state["held"])
+            self.interval = Interval(state.get("interval"))
         self._drop_metrics_after(self.step)
         if self.place.is_main_process:
             self.corpus.write_skipped(self.output / SKIPPED_FILE)
         self.on_step({"step": self.step, "steps": self.config.steps, "data": str(self.corpus.report)})
-        interval = Interval()
         hyperparameters = {"base": self.model.base.name, "data": str(self.corpus), **self._settings()}
         resumed_from = None if state is None else self.step
         tracking = trackers(self.config.tracker, self.output, hyperparameters, resumed_from)
@@ -184,23 +185,23 @@ class Training:
                 )
                 own = [batch.to(self.model.base.device) for batch in own]
                 losses, latents = self.stepper.step(own, self.step)
-                interval.add(losses, own, time.perf_counter() - start)
+                self.interval.add(losses, own, time.perf_counter() - start)
                 self.step += 1
-                self._report(interval, own[-1], latents)
+                self._report(own[-1], latents)
                 self.seconds += time.perf_counter() - start
                 self._checkpoint()
         self._checkpoint(last=True)
         return self.model
 
-    def _report(self, interval: Interval, batch: Batch, latents: Latents) -> None:
+    def _report(self, batch: Batch, latents: Latents) -> None:
         """Measures and writes when it is time to, and calls `on_step` always."""
         line: dict[str, Any] = {}
         if self._every(self.config.log_every):
-            line |= interval.close(self.place.num_processes) | self._measure(batch, latents)
+            line |= self.interval.close(self.place.num_processes) | self._measure(batch, latents)
             line |= {"lr": learning_rate(self.step - 1, self.config), "elapsed": round(self.seconds, 2)}
         if self.held_out and self._every(self.config.evaluate_every):
             line |= self.evaluate()
-        self.metrics |= line
+        self.metrics |= {name: value for name, value in line.items() if value is not None}
         self.improved = self.best.beaten_by(line)
         if line and self.place.is_main_process:
             with (self.output / METRICS_FILE).open("a", encoding="utf-8") as file:
@@ -217,8 +218,8 @@ class Training:
 
     @torch.no_grad()
     def _measure(self, batch: Batch, latents: Latents) -> dict[str, Any]:
-        """On a few sequences of the batch just trained on: they are still unseen apart from that one step."""
-        few = slice(0, MEASURED_SEQUENCES)
+        """On the sequences of the batch just trained on with most labels: unseen apart from that one step."""
+        few = latents.target.valid.sum((1, 2)).argsort(descending=True, stable=True)[:MEASURED_SEQUENCES]
         target = type(latents.target)(*(tensor[few] for tensor in latents.target))
         with self.stepper.autocast():
             found = agreement(self.model, latents.z_masks[few], latents.z[few], latents.anchors[few], target)
@@ -246,7 +247,7 @@ class Training:
                 self.improved = False
             save_state(
                 self.output, self.model, self.stepper.optimizer, self.step, self.fixed, self.seconds, self.metrics,
-                self.stepper.held.state(),
+                self.stepper.held.state(), self.interval.state(),
             )  # fmt: skip
             self._save(last)
         if stop and not last:
@@ -324,26 +325,3 @@ class Training:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-class Interval:
-    """Losses and speed since the last logged step."""
-
-    def __init__(self) -> None:
-        self._losses: dict[str, Tensor] = {}
-        self._steps, self._tokens, self._seconds = 0, 0, 0.0
-
-    def add(self, losses: dict[str, Tensor], batches: Sequence[Batch], seconds: float) -> None:
-        for name, value in losses.items():
-            self._losses[name] = self._losses[name] + value if name in self._losses else value
-        self._steps += 1
-        self._tokens += sum(int(batch.real.sum()) for batch in batches)
-        self._seconds += seconds
-
-    def close(self, processes: int) -> dict[str, Any]:
-        """Mean losses and regular tokens per second; starts over."""
-        means = {name: round(float(value) / self._steps, 4) for name, value in self._losses.items()}
-        means = {name if name == "loss" else f"{name}_loss": value for name, value in means.items()}
-        speed = round(self._tokens * processes / max(1e-9, self._seconds), 1)
-        self.__init__()  # type: ignore[misc]
-        return {**means, "tokens_per_second": speed}

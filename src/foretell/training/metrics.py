@@ -48,16 +48,18 @@ class Agreement:
             self.matched + other.matched, self.seen + other.seen, self.prefix + other.prefix, self.blocks + other.blocks
         )
 
-    def per_mask(self) -> list[float]:
-        """Fraction of drafts of each mask that are the base's own choice."""
-        return [round(value, 4) for value in (self.matched / self.seen.clamp_min(1)).tolist()]
+    def per_mask(self) -> list[float | None]:
+        """Fraction of drafts of each mask that are the base's own choice; None of a mask that had no label."""
+        shares = (self.matched / self.seen.clamp_min(1)).tolist()
+        return [round(share, 4) if seen else None for share, seen in zip(shares, self.seen.tolist(), strict=True)]
 
-    def simulated_acceptance(self) -> float:
+    def simulated_acceptance(self) -> float | None:
         """1 + sum over j of P(the first j drafts all match), at positions drawn alike: a quick estimate.
 
-        Decoding does not visit positions alike, so its tokens per step differ; `walk` follows it.
+        None without a block that has all labels. Decoding does not visit positions alike, so its tokens per step
+        differ; `walk` follows it.
         """
-        return round(1.0 + float(self.prefix.sum()) / max(1, self.blocks), 4)
+        return round(1.0 + float(self.prefix.sum()) / self.blocks, 4) if self.blocks else None
 
 
 def agreement(model: MTPModel, z_masks: Tensor, z: Tensor, anchors: Tensor, target: Targets) -> Agreement:

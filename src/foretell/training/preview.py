@@ -75,7 +75,7 @@ def preview(
     """
     config = config or TrainConfig()
     tokenizer = load_tokenizer(base, trust_remote_code)
-    corpus = load_corpus(data, tokenizer, config.seq_len, on_progress)
+    corpus = load_corpus(data, tokenizer, config.seq_len, on_progress, config.packing)
     examples, held_out = split(corpus.examples, config.seed)
     if config.packing:
         examples = packed(examples, config.seq_len)

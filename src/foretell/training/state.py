@@ -61,8 +61,10 @@ def save_state(
     seconds: float,
     metrics: dict[str, Any],
     held: list[float],
+    interval: dict[str, Any],
 ) -> None:
-    """Writes output/checkpoint after `step` steps and `seconds` of training; held as `Held.state` gives it."""
+    """Writes output/checkpoint after `step` steps and `seconds` of training; held as `Held.state` gives it, interval as
+    `Interval.state`."""
     new, old, final = (output / (DIRECTORY + suffix) for suffix in (".new", ".old", ""))
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -73,7 +75,14 @@ def save_state(
     own = model.own_parameters()
     write_safetensors({name: _portable(p) for name, p in own.items()}, new / WEIGHTS_FILE)
     write_safetensors(_optimizer_tensors(optimizer, own), new / OPTIMIZER_FILE)
-    state = {"step": step, "seconds": seconds, "metrics": metrics, "held": held, "settings": fixed}
+    state = {
+        "step": step,
+        "seconds": seconds,
+        "metrics": metrics,
+        "held": held,
+        "interval": interval,
+        "settings": fixed,
+    }
     write_text(json.dumps(state, indent=2) + "\n", new / STATE_FILE)
     if final.exists():
         os.replace(final, old)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from foretell.errors import ForetellError
 from foretell.training.examples import MINIMUM, Example, candidates
@@ -28,17 +29,18 @@ class Made(NamedTuple):
     lost: int = 0
 
 
-def make_examples(record: Record, tokenizer: Any, seq_len: int) -> Made:
+def make_examples(record: Record, tokenizer: Any, seq_len: int, full: bool = False) -> Made:
     """Examples of at most `seq_len` tokens with something to train on.
 
-    What is learnt from end to end is split into several; what has answers is truncated, and `lost` says by how much.
+    What is learnt from end to end is split into several, see `pieces`; what has answers is truncated, and `lost` says
+    by how much.
     Raises BadRecord if nothing is left to train on or the chat template refuses the record, and ForetellError if the
     tokenizer has no chat template for a conversation.
     """
     if isinstance(record, str):
-        made = Made(text_examples(record, tokenizer, seq_len))
+        made = Made(text_examples(record, tokenizer, seq_len, full))
     elif isinstance(record, Tokens):
-        made = _ready(record, len(tokenizer), seq_len)
+        made = _ready(record, len(tokenizer), seq_len, full)
     else:
         if isinstance(record, Conversation) and record.joinable and not _template(tokenizer):
             *before, answer = (message["content"] for message in record.messages)
@@ -56,11 +58,23 @@ def make_examples(record: Record, tokenizer: Any, seq_len: int) -> Made:
     return Made(kept, made.lost)
 
 
-def text_examples(text: str, tokenizer: Any, seq_len: int) -> list[Example]:
-    """A document with an end token behind it, in pieces of at most `seq_len` tokens."""
+def text_examples(text: str, tokenizer: Any, seq_len: int, full: bool = False) -> list[Example]:
+    """A document with an end token behind it, in `pieces`."""
     ids = _ended(_tokenised(text, tokenizer, special=True, ends_of=0)[0], tokenizer)
-    parts = torch.from_numpy(ids).split(seq_len) if len(ids) else ()
-    return [Example(part.clone(), torch.ones(len(part), dtype=torch.bool)) for part in parts if len(part) >= MINIMUM]
+    parts = pieces(torch.from_numpy(ids), seq_len, full)
+    return [Example(part.clone(), torch.ones(len(part), dtype=torch.bool)) for part in parts]
+
+
+def pieces(values: Tensor, seq_len: int, full: bool = False) -> tuple[Tensor, ...]:
+    """(n,) in as few pieces of at most `seq_len` as hold it, all of one length or one longer.
+
+    A remainder of a few tokens would be a sequence in which most masks have no label. `full`: all pieces but the last
+    have `seq_len`, for packing, which fills sequences with remainders; even there none is too short to train on.
+    """
+    count = max(1, -(-len(values) // seq_len))
+    if full and len(values) - (count - 1) * seq_len >= MINIMUM:
+        return values.split(seq_len)
+    return values.tensor_split(count)
 
 
 def conversation_example(messages: list[Message], tokenizer: Any, seq_len: int) -> Made:
@@ -84,12 +98,13 @@ def conversation_example(messages: list[Message], tokenizer: Any, seq_len: int) 
     return _spanned(text, spans, tokenizer, seq_len)
 
 
-def _ready(record: Tokens, vocabulary: int, seq_len: int) -> Made:
+def _ready(record: Tokens, vocabulary: int, seq_len: int, full: bool) -> Made:
     if record.ids and max(record.ids) >= vocabulary:
         raise BadRecord(f"token id {max(record.ids)} is not one of the base's {vocabulary}; was it another tokenizer?")
     ids, trained = torch.tensor(record.ids, dtype=torch.int32), torch.tensor(record.trained, dtype=torch.bool)
     if trained.all():
-        return Made([Example(*both) for both in zip(ids.split(seq_len), trained.split(seq_len), strict=True)])
+        parts = zip(pieces(ids, seq_len, full), pieces(trained, seq_len, full), strict=True)
+        return Made([Example(*both) for both in parts])
     return Made([Example(ids[:seq_len], trained[:seq_len])], max(0, len(ids) - seq_len))
 
 
