@@ -107,8 +107,10 @@ def test_a_step_for_which_the_cache_must_grow_runs_eager_and_the_next_compiled(
 
 
 # What is special: an empty part of rotated columns and fused linears; two kinds of layers, soft caps and eager
-# attention; blocks that give attention weights too, learned positions, a number for what is not seen.
-@pytest.mark.parametrize(("name", "dtype"), [("phi3", "bfloat16"), ("gemma2", "float32"), ("gpt_neo", "float32")])
+# attention; blocks that give attention weights too, learned positions, a number for what is not seen; experts.
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("phi3", "bfloat16"), ("gemma2", "float32"), ("gpt_neo", "float32"), ("mixtral", "float32")]
+)
 def test_architectures(name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     compile_traced, compiled_forms = Traced.compiled, []
     monkeypatch.setattr(Traced, "compiled", lambda own: (compiled_forms.append(own), compile_traced(own))[1])
@@ -173,14 +175,12 @@ def test_graphs_need_a_directory_to_be_written_to(monkeypatch: pytest.MonkeyPatc
     assert "TORCHINDUCTOR_CACHE_DIR" in said or "no C++ compiler" in said
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
-def test_mixtures_of_experts_stay_eager(name: str) -> None:
-    assert "mixture of experts" in (compile_steps(tiny_model(name)) or "")
-
-
-def test_blocks_keep_their_names_and_copies_their_own_class(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_keep_their_names_and_copies_their_own_class() -> None:
     model = tiny_model()
     before, block = list(model.base.lm.state_dict()), model.base.blocks[0]
+    reason = compiled.why_not(model.base, model.adapter)
+    if reason and "no C++ compiler" in reason:
+        pytest.skip("no C++ compiler")
     steps = compiled.CompiledSteps(model.base, model.adapter)
     assert list(model.base.lm.state_dict()) == before and isinstance(block, LlamaDecoderLayer)
     twin = copy.deepcopy(model.base.lm)

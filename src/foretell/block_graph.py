@@ -175,9 +175,10 @@ def trace_block(
 ) -> Traced:
     """A graph of (weights, the call's tensors, keys, values, rows, columns, gate if there are masks) -> what it gives.
 
-    past: keys and values, any of (1, H, capacity, D_head); rows (Q,) int64: columns of the new rows; columns (S,): its length is how
-    many the step sees; gate (R + 1,): its length is one more than the regular rows. `calls` are two of different
-    numbers of rows (unless that is to be 1) and columns: sizes in which they agree are compiled in, others left open.
+    past: any keys and values (1, H, capacity, D_head); rows (Q,) int64: columns of the new rows; columns (S,): its
+    length is how many the step sees; gate (R + 1,): its length is one more than the regular rows. `calls` are two of
+    different numbers of rows (unless that is to be 1) and columns: sizes in which they agree are compiled in, others
+    left open.
     `columns` and `regular` (None: no masks) are the first one's.
     Raises ForetellError if other things differ between them; else whatever tracing raises.
     """
@@ -225,7 +226,7 @@ def trace_block(
 
 @contextmanager
 def _compiling() -> Iterator[None]:
-    """Within this context `torch.compiler.is_compiling()`: transformers' experts then take operators that can be traced."""
+    """Within this context torch says that it compiles: transformers' experts then take operators that can be traced."""
     before = torch.compiler._is_compiling_flag
     torch.compiler._is_compiling_flag = True  # as torch.export sets it
     try:
@@ -250,7 +251,7 @@ def _joined(tensors: list[Tensor], dim: int = 0) -> Tensor:
 
 
 def _of_tensors(parts: Parts, call: Call, masks: bool, gives: list[Any]) -> Callable[..., list[Tensor]]:
-    """The block as a function of tensors alone, in the order that `trace_block` gives; puts what it gives into `gives`."""
+    """The block as a function of tensors alone, in `trace_block`'s order; what it gives is put into `gives`."""
     adapters = parts.adapters if masks else []
     sizes = [
         len(parts.own),

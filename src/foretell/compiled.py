@@ -75,7 +75,7 @@ def why_not(base: Base, adapter: GatedLoRA) -> str | None:
 
 
 class CompiledSteps:
-    """Makes the base's blocks ones that can run compiled, until `remove`; `compiling` makes graphs, `running` uses them.
+    """The base's blocks can run compiled until `remove`: `compiling` makes their graphs, `running` uses them.
 
     The base must stay as it is from then on: not moved, cast or trained.
     Raises ForetellError where that can't be done.

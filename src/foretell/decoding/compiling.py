@@ -59,7 +59,9 @@ def _layouts(model: MTPModel) -> list[tuple[Layout, Layout]]:
 @contextmanager
 def _silent() -> Iterator[None]:
     """Within this context torch's compiler logs nothing: what comes of it is said in one sentence."""
-    loggers = [logging.getLogger(f"torch.{name}") for name in ("_inductor", "_subclasses", "fx", "_dynamo", "_functorch")]
+    loggers = [
+        logging.getLogger(f"torch.{name}") for name in ("_inductor", "_subclasses", "fx", "_dynamo", "_functorch")
+    ]
     before = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL + 1)
