@@ -150,7 +150,7 @@ def unwritable(*args: Any) -> Any:
     [
         (wrong, "they differ from eager ones by"),
         (broken, r"its blocks can't be compiled \(RuntimeError: boom\)"),
-        (unwritable, "Permission denied: '/somewhere'.; name a directory for them in TORCHINDUCTOR_CACHE_DIR"),
+        (unwritable, "Permission denied: '/somewhere'.; name another directory in TORCHINDUCTOR_CACHE_DIR"),
     ],
 )
 def test_what_compiles_wrongly_or_not_at_all_stays_eager(

@@ -78,8 +78,8 @@ def _reason(error: Exception) -> str:
     if isinstance(error, ForetellError):
         return said
     inner = getattr(error, "inner_exception", error)  # inductor wraps what it meets
-    if isinstance(inner, OSError):
-        return f"inductor can't write its graphs ({inner}); name a directory for them in TORCHINDUCTOR_CACHE_DIR"
+    if isinstance(inner, (OSError, ImportError)):  # also what a compiler that was killed has left there
+        return f"inductor can't keep its graphs ({inner}); name another directory in TORCHINDUCTOR_CACHE_DIR"
     return f"its blocks can't be compiled ({type(error).__name__}: {said})"
 
 
