@@ -132,19 +132,56 @@ class _Columns:
         return self.keys[:, :, :count], self.values[:, :, :count]
 
 
-def compile_block(
-    parts: Parts, calls: Sequence[Call], keys: Tensor, columns: int, regular: int | None
-) -> Callable[..., Any]:
-    """A function of (weights, the call's tensors, keys, values, rows, columns, gate if there are masks) -> (latents,).
+@dataclass(frozen=True)
+class Traced:
+    """A block's graph before it is compiled."""
 
-    keys: any of (1, H, capacity, D_head); rows (Q,) int64: columns of the new rows; columns (S,): its length is how
-    many the step sees; gate (R + 1,): its length is one more than the regular rows. `calls` are two of different
-    numbers of rows (unless that is to be 1) and columns: sizes in which they agree are compiled in, others left open.
+    graph: Any  # a GraphModule
+    inputs: list[Any]
+    mode: Any  # in which the inputs are fake tensors
+    gives: Any  # what the block gives, with other tensors in the place of its own
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for graphs that do the same, whatever the modules they stem from are called and set to.
+
+        So layers with a sliding window share the graph of those without: their masks are made outside of them.
+        """
+        sizes = [
+            ([size if isinstance(size, int) else None for size in (*given.shape, *strides_of(given))], given.dtype)
+            for given in self.inputs
+        ]
+        constants = [getattr(self.graph, str(node.target)) for node in self.graph.graph.nodes if node.op == "get_attr"]
+        values = [value.tolist() if value.numel() == 1 else id(value) for value in constants]
+        return self.graph.code, repr(sizes), repr(self.gives), repr(values)
+
+    def compiled(self) -> Callable[..., Any]:
+        """What `trace_block` says. Raises whatever the compiler raises, ForetellError if it counted on a size."""
+        from torch._guards import TracingContext, tracing
+        from torch._inductor import compile as inductor
+
+        with torch.inference_mode(False), torch.no_grad(), tracing(TracingContext(self.mode)):
+            run = inductor(self.graph, self.inputs, options=OPTIONS)
+        if any(value.is_number for value in self.mode.shape_env.replacements.values()):
+            raise ForetellError("its blocks work out a number from a size that changes from step to step")
+        gives = self.gives
+        if isinstance(gives, Tensor):
+            return lambda *tensors: run(*tensors)[0]
+        return lambda *tensors: _replaced(gives, iter(run(*tensors)), None)
+
+
+def trace_block(
+    parts: Parts, calls: Sequence[Call], past: Sequence[Tensor], columns: int, regular: int | None
+) -> Traced:
+    """A graph of (weights, the call's tensors, keys, values, rows, columns, gate if there are masks) -> what it gives.
+
+    past: any keys and values (1, H, capacity, D_head); rows (Q,) int64: columns of the new rows; columns (S,): its
+    length is how many the step sees; gate (R + 1,): its length is one more than the regular rows. `calls` are two of
+    different numbers of rows (unless that is to be 1) and columns: sizes in which they agree are compiled in, others
+    left open.
     `columns` and `regular` (None: no masks) are the first one's.
-    Raises ForetellError if other things differ between them; else whatever tracing or the compiler raises.
+    Raises ForetellError if other things differ between them; else whatever tracing raises.
     """
-    from torch._guards import TracingContext, tracing
-    from torch._inductor import compile as inductor
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -153,8 +190,7 @@ def compile_block(
     first, second = calls
     if first.constants != second.constants or len(first.tensors) != len(second.tensors):
         raise ForetellError("its blocks are called with numbers that change from step to step")
-    environment = ShapeEnv()
-    mode = FakeTensorMode(shape_env=environment)
+    mode = FakeTensorMode(shape_env=ShapeEnv())
 
     def fake(like: Tensor, *open_dimensions: int) -> Tensor:
         shape = tuple(like.shape)
@@ -175,24 +211,47 @@ def compile_block(
         rows = first.tensors[0].shape[1]
         width = [fake(torch.empty(rows, dtype=torch.long), *([0] if rows > 1 else []))]
         seen, gate = fake(torch.empty(columns), 0), fake(torch.empty((regular or 0) + 1), 0)
-        written = [fake(keys, 2), fake(keys, 2)]
+        written = [fake(states, 2) for states in past]
         inputs: list[Any] = [*weights, *given, *written, *width, seen, *([gate] if masks else [])]
-        with mode:
-            graph = make_fx(_of_tensors(parts, first, masks))(*inputs)
-        for node in graph.graph.nodes:
-            if node.target is torch.ops.mkldnn._linear_pointwise.default:
-                node.target, node.args = packed_product(), node.args[:3]
-        graph.graph.set_codegen(CodeGen())  # a flat call; taking nested arguments apart would cost at every step
-        graph.recompile()
-        with tracing(TracingContext(mode)):
-            compiled = inductor(graph, inputs, options=OPTIONS)
-    if any(value.is_number for value in environment.replacements.values()):
-        raise ForetellError("its blocks work out a number from a size that changes from step to step")
-    return compiled
+        gives: list[Any] = []
+        with mode, _compiling():
+            graph = make_fx(_of_tensors(parts, first, masks, gives), {torch.ops.aten.cat.default: _joined})(*inputs)
+    for node in graph.graph.nodes:
+        if node.target is torch.ops.mkldnn._linear_pointwise.default:
+            node.target, node.args = packed_product(), node.args[:3]
+    graph.graph.set_codegen(CodeGen())  # a flat call; taking nested arguments apart would cost at every step
+    graph.recompile()
+    return Traced(graph, inputs, mode, gives[0])
 
 
-def _of_tensors(parts: Parts, call: Call, masks: bool) -> Callable[..., tuple[Tensor]]:
-    """The block as a function of tensors alone, in the order that `compile_block` gives."""
+@contextmanager
+def _compiling() -> Iterator[None]:
+    """Within this context torch says that it compiles: transformers' experts then take operators that can be traced."""
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True  # as torch.export sets it
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
+
+
+def strides_of(tensor: Tensor) -> tuple[Any, ...]:
+    return () if tensor.is_mkldnn else tensor.stride()
+
+
+def _joined(tensors: list[Tensor], dim: int = 0) -> Tensor:
+    """aten.cat: what is left of one tensor and empty ones lies in order, while inductor's own copy keeps its strides.
+
+    Phi-3 has this: rotated columns and the others, of which there are none.
+    """
+    full = [tensor for tensor in tensors if tensor.shape[dim : dim + 1 or None] != (0,)]
+    if len(full) == 1 < len(tensors) and full[0].dtype == tensors[0].dtype:
+        return full[0].clone(memory_format=torch.contiguous_format)
+    return NotImplemented
+
+
+def _of_tensors(parts: Parts, call: Call, masks: bool, gives: list[Any]) -> Callable[..., list[Tensor]]:
+    """The block as a function of tensors alone, in `trace_block`'s order; what it gives is put into `gives`."""
     adapters = parts.adapters if masks else []
     sizes = [
         len(parts.own),
@@ -201,7 +260,7 @@ def _of_tensors(parts: Parts, call: Call, masks: bool) -> Callable[..., tuple[Te
         len(call.tensors),
     ]
 
-    def latents(*tensors: Tensor) -> Tensor:
+    def latents(*tensors: Tensor) -> list[Tensor]:
         left = iter(tensors)
         own, packed, low, given = ([next(left) for _ in range(size)] for size in sizes)
         keys, values, rows, columns, *gate = left
@@ -219,11 +278,10 @@ def _of_tensors(parts: Parts, call: Call, masks: bool) -> Callable[..., tuple[Te
         finally:
             for hook in hooks:
                 hook.remove()
-        if isinstance(out, tuple) and tensors_of(out[1:]):
-            raise ForetellError("its blocks give more than latents")
-        return out[0] if isinstance(out, tuple) else out
+        gives.append(_replaced(out, repeat(torch.empty(0)), None))
+        return tensors_of([out])
 
-    return lambda *tensors: (latents(*tensors),)
+    return latents
 
 
 def _adapted(a: Tensor, b: Tensor, scale: float, regular: int, packed: bool) -> Callable[..., Any]:

@@ -1,15 +1,15 @@
 """Steps of one sequence with the base's blocks compiled: the same numbers with little of Python between the products.
 
-A base's blocks are replaced by `CompiledBlock`s, which are the blocks themselves, except in a step that runs compiled.
+A base's blocks stay what they are, under their names, except in a step that runs compiled (see `CompiledBlock`).
 Three graphs for each kind of block serve every layout: one regular row, several, and regular rows with masks.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from foretell.base import Base
-from foretell.block_graph import Call, Parts, compile_block, tensors_of
+from foretell.block_graph import Call, Parts, tensors_of, trace_block
 from foretell.errors import ForetellError
 from foretell.gated_lora import GatedLoRA
 
@@ -51,6 +51,7 @@ class CompiledNow:
     regular: int  # rows of the first step
     columns: int
     graphs: dict[Any, Callable[..., Any]] = field(default_factory=dict)
+    traced: dict[Any, Callable[..., Any]] = field(default_factory=dict)  # and by what their tracing gave
 
 
 def why_not(base: Base, adapter: GatedLoRA) -> str | None:
@@ -61,6 +62,8 @@ def why_not(base: Base, adapter: GatedLoRA) -> str | None:
         return "its linears are quantised"
     if not adapter.gated:
         return "its adapter is not gated"
+    if any(hasattr(type(block), "compiled_by") for block in base.blocks):
+        return "another model has compiled this base already; load a base for each of them"
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
@@ -72,7 +75,7 @@ def why_not(base: Base, adapter: GatedLoRA) -> str | None:
 
 
 class CompiledSteps:
-    """Replaces the base's blocks; `compiling` makes their graphs, `running` uses them, `remove` puts the blocks back.
+    """The base's blocks can run compiled until `remove`: `compiling` makes their graphs, `running` uses them.
 
     The base must stay as it is from then on: not moved, cast or trained.
     Raises ForetellError where that can't be done.
@@ -81,31 +84,26 @@ class CompiledSteps:
     def __init__(self, base: Base, adapter: GatedLoRA) -> None:
         if reason := why_not(base, adapter):
             raise ForetellError(reason)
-        self.base = base
         self.run: Running | None = None
         self.compiled_now: CompiledNow | None = None
         self.adapter = adapter
-        base.keep_fingerprint()  # which goes by the blocks' names
         self.blocks = [
             CompiledBlock(number, self, Parts(block, adapter.of_block(number)))
             for number, block in enumerate(base.blocks)
         ]
-        modules = base.blocks
-        for number, block in enumerate(self.blocks):
-            modules[number] = block
 
     def remove(self) -> None:
-        """Puts the base's own blocks back."""
-        modules = self.base.blocks
-        for number, block in enumerate(self.blocks):
-            modules[number] = block.block
+        """The blocks are the base's own again."""
+        for block in self.blocks:
+            block.remove()
 
     def can_run(self, cache: Any, length: int, regular: int, width: int) -> bool:
         """Whether a step behind `length` tokens of one sequence can: after its prefill, with room in the cache."""
         layer = cache.layers[0]
         if not layer.is_initialized or layer.keys.shape[0] != 1:
             return False
-        return length + width <= layer.keys.shape[2] and form_of(regular, width) in self.blocks[0].graphs
+        # Not up to its very end: the graphs were made for keys that are a part of what the cache holds.
+        return length + width < layer.keys.shape[2] and form_of(regular, width) in self.blocks[0].graphs
 
     @contextmanager
     def running(self, cache: Any, length: int, regular: int, width: int) -> Iterator[None]:
@@ -127,45 +125,49 @@ class CompiledSteps:
         The second differs in rows (if there are several) and in columns.
         Raises ForetellError for a base whose blocks can't be compiled so, and whatever the compiler raises.
         """
-        self.compiled_now = CompiledNow(form_of(regular, width), regular, length + width)
+        form = form_of(regular, width)
+        self.compiled_now = CompiledNow(form, regular, length + width)
         try:
             yield
+            if not all(form in block.graphs for block in self.blocks):
+                raise ForetellError("its decoder does not call its blocks once each in every step")
         finally:
             self.compiled_now = None
             for block in self.blocks:
                 block.calls.clear()
 
 
-class CompiledBlock(nn.Module):
-    """A block of the base: itself, but for steps that run compiled."""
+class CompiledBlock:
+    """What a block of the base does in a step: its own forward, or the graph of a step that runs compiled.
+
+    Until `remove` the block's class is one of the same name that asks here first. Names, state dict, hooks and what a
+    decoder looks up in its blocks stay what they are; torch's `fully_shard` goes about it in the same way.
+    """
 
     def __init__(self, number: int, steps: CompiledSteps, parts: Parts) -> None:
-        super().__init__()
-        self.block, self.number, self.steps, self.parts = parts.block, number, steps, parts
+        self.number, self.steps, self.parts = number, steps, parts
+        self.kind = parts.kind
         self.weights = {masks: parts.weights(masks) for masks in (False, True)}
         self.graphs: dict[Form, Callable[..., Any]] = {}
         self.calls: list[Call] = []
+        self.own = type(parts.block)
+        parts.block.__class__ = _asking(self)
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:  # what a decoder asks of its blocks
-            return getattr(super().__getattr__("block"), name)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
-        return copy.deepcopy(self.parts.block, memo)  # a copy of the base has nothing compiled
+    def remove(self) -> None:
+        """The block is the base's own again."""
+        self.parts.block.__class__ = self.own
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """In place of the block's."""
         run = self.steps.run
         if run is None:
             if self.steps.compiled_now is not None:
                 self._record(Call(args, kwargs), self.steps.compiled_now)
-            return self.block(*args, **kwargs)
+            return self.own.forward(self.parts.block, *args, **kwargs)
         layer = run.layers[self.number]
         given = [tensor.contiguous() for tensor in tensors_of((*args, *kwargs.values()))]
         weights = self.weights[run.form.masks]
-        (latents,) = self.graphs[run.form](*weights, *given, layer.keys, layer.values, *run.tail)
-        return latents
+        return self.graphs[run.form](*weights, *given, layer.keys, layer.values, *run.tail)
 
     def _record(self, call: Call, now: CompiledNow) -> None:
         self.calls.append(call)
@@ -175,10 +177,32 @@ class CompiledBlock(nn.Module):
         self.steps.adapter.remove()  # the graph has hooks of its own
         cache = next(value for value in (*call.args, *call.kwargs.values()) if isinstance(value, Cache))
         shapes = [[tuple(tensor.shape) for tensor in own.tensors] for own in self.calls]
-        key = (self.parts.kind, repr(call.constants), repr(shapes))
+        key = (self.kind, repr(call.constants), repr(shapes))
         if key not in now.graphs:
-            keys = cache.layers[self.number].keys
-            now.graphs[key] = compile_block(
-                self.parts, self.calls, keys, now.columns, now.regular if now.form.masks else None
-            )
+            self.steps.compiled_now = None  # the block is only traced
+            layer, regular = cache.layers[self.number], now.regular if now.form.masks else None
+            traced = trace_block(self.parts, self.calls, (layer.keys, layer.values), now.columns, regular)
+            if traced.key not in now.traced:
+                now.traced[traced.key] = traced.compiled()
+            now.graphs[key] = now.traced[traced.key]
+            self.steps.compiled_now = now
         self.graphs[now.form] = now.graphs[key]
+
+
+def _asking(compiled: CompiledBlock) -> type[nn.Module]:
+    """The class of a block that may run compiled; a copy of such a block has its own class again."""
+    own = compiled.own
+
+    class Asking(own):  # type: ignore[valid-type, misc]
+        compiled_by = compiled
+
+        @wraps(own.forward)
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return compiled.forward(*args, **kwargs)
+
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            make, (_, *args), *state = super().__reduce_ex__(protocol)
+            return make, (own, *args), *state
+
+    Asking.__name__, Asking.__qualname__, Asking.__module__ = own.__name__, own.__qualname__, own.__module__
+    return Asking

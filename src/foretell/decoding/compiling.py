@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import product
+
 import torch
 from torch import Tensor
 
@@ -12,7 +18,7 @@ from foretell.layout import Layout, linear, plain, quadratic
 from foretell.model import MTPModel
 
 CONTEXTS = (5, 7)  # tokens cached in the two steps from which a graph is made
-CHECKED = 9  # and in those that are compared
+CHECKED = (9, 70)  # and in those that are compared: few, and more than a vector or a short window holds
 
 
 @torch.inference_mode()
@@ -30,7 +36,7 @@ def compile_steps(model: MTPModel) -> str | None:
         steps = model.compiled = CompiledSteps(model.base, model.adapter)
         for layouts in _layouts(model):
             ready = [_prefilled(model, layout, context) for layout, context in zip(layouts, CONTEXTS, strict=True)]
-            with steps.compiling(layouts[0].regular, layouts[0].width, CONTEXTS[0]):
+            with _silent(), steps.compiling(layouts[0].regular, layouts[0].width, CONTEXTS[0]):
                 for layout, (ids, cache) in zip(layouts, ready, strict=True):
                     model.step(ids, [layout], cache, cache.lengths)
         _compare(model, steps)
@@ -38,10 +44,7 @@ def compile_steps(model: MTPModel) -> str | None:
         if steps is not None:
             steps.remove()
         model.compiled = None
-        reason = (str(error).strip() or "no reason given").splitlines()[0].rstrip(".")
-        if not isinstance(error, ForetellError):
-            reason = f"{type(error).__name__}: {reason}"
-        return f"decoding goes on without compiled steps: {reason}"
+        return f"decoding goes on without compiled steps: {_reason(error)}"
     finally:
         model.adapter.remove()
     return None
@@ -53,16 +56,49 @@ def _layouts(model: MTPModel) -> list[tuple[Layout, Layout]]:
     return [(plain(), plain()), (plain(3), plain(4)), (linear(2, k), quadratic(3, k))]
 
 
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Within this context torch's compiler logs nothing: what comes of it is said in one sentence."""
+    loggers = [
+        logging.getLogger(f"torch.{name}") for name in ("_inductor", "_subclasses", "fx", "_dynamo", "_functorch")
+    ]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+def _reason(error: Exception) -> str:
+    """One line for a user."""
+    said = (str(error).strip() or "no reason given").splitlines()[0].rstrip(".")
+    if isinstance(error, ForetellError):
+        return said
+    inner = getattr(error, "inner_exception", error)  # inductor wraps what it meets
+    if isinstance(inner, (OSError, ImportError)):  # also what a compiler that was killed has left there
+        return f"inductor can't keep its graphs ({inner}); name another directory in TORCHINDUCTOR_CACHE_DIR"
+    return f"its blocks can't be compiled ({type(error).__name__}: {said})"
+
+
 def _compare(model: MTPModel, steps: CompiledSteps) -> None:
-    """Raises ForetellError if compiled steps differ from eager ones."""
+    """Raises ForetellError if compiled steps differ from eager ones, after few cached tokens and after more."""
     k = model.max_masks
     model.compiled = None
     layouts = [plain(), plain(2), linear(0, 1), linear(0, k), quadratic(2, k)]
-    expected = [_latents(model, layout) for layout in layouts]
-    model.compiled = steps
+    longest = max(CHECKED)
+    if model.base.max_positions is not None:
+        longest = min(longest, model.base.max_positions - layouts[-1].width)
+    contexts = [context for context in CHECKED if context < longest] + [longest]
+    ids, cache = _prefilled(model, layouts[-1], longest)
     differences = []
-    for layout, want in zip(layouts, expected, strict=True):
-        got = _latents(model, layout)
+    for context, layout in product(contexts, layouts):
+        model.compiled = None
+        want = _latents(model, layout, ids, cache, context)
+        model.compiled = steps
+        got = _latents(model, layout, ids, cache, context)
         # Latents, and the keys and values that the next step sees: largest difference over their range.
         for one, other in zip(got, want, strict=True):
             differences.append(float((one - other).float().abs().max() / other.float().abs().max()))
@@ -71,11 +107,12 @@ def _compare(model: MTPModel, steps: CompiledSteps) -> None:
         raise ForetellError(f"they differ from eager ones by {max(differences):.1e} of their range")
 
 
-def _latents(model: MTPModel, layout: Layout) -> list[Tensor]:
-    """z (1, Q, D) of a step, and the last block's keys and values (1, H, capacity, D_head)."""
-    ids, cache = _prefilled(model, layout, CHECKED)
-    latents = model.step(ids, [layout], cache, cache.lengths)
-    return [latents, cache.layers[-1].keys, cache.layers[-1].values]
+def _latents(model: MTPModel, layout: Layout, ids: Tensor, cache: StaticCache, context: int) -> list[Tensor]:
+    """z (1, Q, D) of a step behind so many tokens of a copy of the cache, and its last keys and values."""
+    own = copy.deepcopy(cache)
+    own.lengths[0] = context
+    latents = model.step(ids[:, : layout.regular], [layout], own, own.lengths)
+    return [latents, own.layers[-1].keys, own.layers[-1].values]
 
 
 def _prefilled(model: MTPModel, layout: Layout, context: int) -> tuple[Tensor, StaticCache]:
