@@ -118,7 +118,7 @@ class MTPConfig(Config):
     rank: int = option(128, "rank of the LoRA matrices", minimum=1)
     alpha: float = option(256.0, "LoRA scale: the low-rank term is multiplied by alpha / rank", minimum=0.0)
     sampler: str = option(
-        "bigram",
+        "combined",
         "sampler head: combined (z + MLP + low-rank map of the token before), residual (z + MLP), bigram (z + low-rank "
         "map), mlp as in the paper, or none",
         choices=("combined", "residual", "bigram", "mlp", "none"),
