@@ -66,7 +66,7 @@ def test_drafts_of_a_batch_are_counted_without_filler(repeating: Repeating) -> N
     model, text = copy.deepcopy(repeating)
     torch.manual_seed(0)
     with torch.no_grad():  # so that some of its drafts fail
-        model.sampler.bigram.b.weight += 0.3 * torch.randn_like(model.sampler.bigram.b.weight)
+        model.sampler.bigram.b.weight += 0.7 * torch.randn_like(model.sampler.bigram.b.weight)
     ids = [text[:, :12], random_prompt(9, seed=4), text[:, 3:15]]
     method = Method("linear", 4)
     alone, together = run(model, ids, method, 24), run(model, ids, method, 24, batch=3)
