@@ -70,10 +70,15 @@ def test_drafts_of_a_batch_are_counted_without_filler(repeating: Repeating) -> N
     ids = [text[:, :12], random_prompt(9, seed=4), text[:, 3:15]]
     method = Method("linear", 4)
     alone, together = run(model, ids, method, 24), run(model, ids, method, 24, batch=3)
-    assert together.tokens == alone.tokens and together.sizes == alone.sizes
-    assert together.drafts == alone.drafts and together.accepted == alone.accepted
-    assert len(set(map(tuple, alone.drafts))) > 1  # or there was no filler
-    assert together.steps == [max(alone.steps)] and len(together.first_token_seconds) == 1
+    assert together.tokens == alone.tokens
+    for done in (alone, together):
+        for sizes, drafts, accepted in zip(done.sizes, done.drafts, done.accepted, strict=True):
+            assert sizes == [a + 1 for a in accepted] and drafts[0] == 0 and max(drafts) == 4
+            left = [24 - sum(sizes[:step]) for step in range(len(sizes))]
+            assert all(a <= d < most for a, d, most in zip(accepted, drafts, left, strict=True))
+    # Steps at which one row verified four drafts and its neighbour none: there was filler.
+    assert any({0, 4} <= set(step) for step in zip(*together.drafts, strict=False))
+    assert together.steps == [max(map(len, together.sizes))] and len(together.first_token_seconds) == 1
 
 
 def test_temperature_and_seed_reach_our_loop() -> None:
