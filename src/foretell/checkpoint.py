@@ -229,7 +229,10 @@ def write_bytes(content: bytes, path: Path) -> None:
 def _replace(path: Path, write: Any) -> None:
     temporary = path.with_name(path.name + ".part")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
+        temporary.chmod(mode)  # safetensors writes files that only their owner may read
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
