@@ -15,7 +15,7 @@ from foretell.config import MTPConfig
 from foretell.decoding.generate import MTPForCausalLM, resolve_dtype
 from foretell.errors import ForetellError
 from foretell.packed import why_not
-from foretell.sampler import SamplerHead
+from foretell.sampler import CombinedHead
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {  # for tests and dry runs
@@ -83,8 +83,9 @@ def random_model(
     for name, parameter in model.adapter.named_parameters():
         if name.endswith(".b"):
             nn.init.normal_(parameter, std=0.01)
-    if isinstance(model.sampler, SamplerHead):
+    if isinstance(model.sampler, CombinedHead):
         nn.init.constant_(model.sampler.second_norm.weight, 0.1)
+        nn.init.normal_(model.sampler.bigram.b.weight, std=0.01)
     model.for_inference()
     model.source = f"{shape} (random weights)"
     return model

@@ -65,9 +65,10 @@ class Display:
             shown = "   –" if value is None else f"{value:4.0%}"
             table.add_row(f"mask {number}", Text(bar(value or 0.0), style="green"), shown)
         name = "held_out_simulated_acceptance" if held_out else "simulated_acceptance"
+        if values:
+            yield table
         if values and self.latest[name] is not None:
             where = "held-out text" if held_out else "training text"
-            yield table
             yield Text(f"{self.latest[name]:.2f} tokens per step, simulated on {where}")
 
 
