@@ -45,6 +45,7 @@ RECIPES = Path(__file__).with_name("ablation.yaml")
 BATCH = 32  # prompts answered side by side
 SELDOM = ("checkpoint_every", "log_every", "evaluate_every")  # at the last step only
 Ids = list[int]
+Column = tuple[str, int, int, float]  # base, steps, texts, learning rate
 
 
 def main() -> None:
@@ -71,7 +72,7 @@ def main() -> None:
             run_missing(args)
         except ForetellError as error:
             raise SystemExit(f"error: {error}") from None
-    Console(width=160).print(table(read_runs(args.output)))
+    Console(width=240).print(table(read_runs(args.output)))
 
 
 def run_missing(args: argparse.Namespace) -> None:
@@ -232,30 +233,38 @@ def measure(model: MTPForCausalLM, prompts: list[Ids], masks: int, new_tokens: i
     }
 
 
+def column_of(run: dict[str, Any]) -> Column:
+    return run["base"], run["steps"], run["texts"], run["settings"]["lr"]
+
+
 def table(runs: list[dict[str, Any]]) -> Table:
-    """Mean ± standard deviation over seeds, and the ratio to the paper's recipe; the last column is over all bases."""
-    bases = list(dict.fromkeys(run["base"] for run in runs))
+    """Mean ± standard deviation over seeds, and the ratio to the paper's recipe; the last column is over all columns.
+
+    A column for every base, number of steps and of texts, and learning rate: only runs alike in these are compared.
+    """
+    columns = list(dict.fromkeys(column_of(run) for run in runs))
     recipes = list(dict.fromkeys(run["recipe"] for run in runs))
 
-    def rates(base: str, recipe: str) -> list[float]:
-        return [run["acceptance_rate"] for run in runs if (run["base"], run["recipe"]) == (base, recipe)]
+    def rates(column: Column, recipe: str) -> list[float]:
+        return [run["acceptance_rate"] for run in runs if (column_of(run), run["recipe"]) == (column, recipe)]
 
     shown = Table(title="tokens per step on held-out prompts (quadratic, greedy): mean ± spread over seeds, × paper")
     shown.add_column("recipe")
-    for base in bases:
-        loops = statistics.mean(run["repeated_4gram_share"] for run in runs if run["base"] == base)
-        shown.add_column(f"{base}\n({loops:.0%} repeated)", justify="right")
-    shown.add_column("× paper,\nall bases", justify="right")
+    for column in columns:
+        loops = statistics.mean(run["repeated_4gram_share"] for run in runs if column_of(run) == column)
+        base, steps, texts, rate = column
+        shown.add_column(f"{base}, {steps} steps\n{texts} texts, lr {rate:g}\n({loops:.0%} repeated)", justify="right")
+    shown.add_column("× paper,\nall columns", justify="right")
     for recipe in recipes:
         cells, ratios = [], []
-        for base in bases:
-            found, paper = rates(base, recipe), rates(base, "paper")
+        for column in columns:
+            found, paper = rates(column, recipe), rates(column, "paper")
             if not found:
                 cells.append("")
                 continue
             spread = f" ± {statistics.stdev(found):.2f}" if len(found) > 1 else ""
             ratio = statistics.mean(found) / statistics.mean(paper) if paper else math.nan
-            ratios.append(ratio)
+            ratios += [ratio] if paper else []
             cells.append(f"{statistics.mean(found):.2f}{spread} (×{ratio:.2f})")
         shown.add_row(recipe, *cells, f"{statistics.geometric_mean(ratios):.2f}" if ratios else "")
     return shown
