@@ -106,10 +106,13 @@ def test_masks_are_worth_less_where_the_text_repeats_itself() -> None:
     for found in ([], [3.0] * 3):
         strategy = adaptive()
         for _ in range(32):
-            strategy.experience.made([0.7] * 3, found)
+            strategy.experience.made([0.7] * 3)
+            strategy.experience.found(found)
         planner = strategy.planner(1)
         planner.solve(300)
         worth.append((1 / planner.per_token, -planner.value[3]))
+    strategy.experience.begin_text()  # which repeats nothing yet
+    assert not strategy.experience.recent_reach()[1][:, 1:].any()
     assert worth[1][0] > 1.1 * worth[0][0]  # more tokens per second
     assert worth[1][1] < 0.5 * worth[0][1]
 

@@ -96,31 +96,40 @@ class Experience:
         self.masks = masks
         self.calibration = Calibration(masks)
         self.lookup = Calibration(masks)  # its log-odds are those of `match_log_odds`
-        # Of a block of masks the log-odds (k,), and those (n,) of the drafts that the text itself gave in its stead.
-        self._recent: deque[tuple[list[float], list[float]]] = deque(maxlen=WINDOW)
+        self._recent: deque[list[float]] = deque(maxlen=WINDOW)  # of blocks, log-odds (k,)
+        self._found: deque[list[float]] = deque(maxlen=WINDOW)  # of steps, log-odds (n,) of the text's own drafts
 
-    def made(self, confidences: Sequence[float], found: Sequence[float] = ()) -> list[float]:
-        """A new block's confidences (n,) -> their log-odds, remembered as an example of what blocks promise.
+    def found(self, logits: list[float]) -> None:
+        """After a step the text's own drafts had these log-odds (n,), n from 0."""
+        self._found.append(logits)
 
-        `found` are the log-odds (m,) of what the text's own drafts promised at that place.
-        """
+    def made(self, confidences: Sequence[float]) -> list[float]:
+        """A new block's confidences (n,) -> their log-odds, remembered as an example of what blocks promise."""
         logits = [log_odds(confidence) for confidence in confidences]
         # A block of fewer masks is taken to go on as it ends: its next drafts would be about as sure as its last.
-        self._recent.append((logits + [logits[-1]] * (self.masks - len(logits)), list(found)))
+        self._recent.append(logits + [logits[-1]] * (self.masks - len(logits)))
         return logits
 
     def begin_text(self) -> None:
-        """Forgets most of what blocks of earlier texts were like; what confidences are worth stays."""
+        """Forgets most of what blocks of earlier texts were like; what confidences are worth stays.
+
+        A new text foretells nothing yet, so that masks are hung whatever the last one gave.
+        """
+        self._found.clear()
         while len(self._recent) > OF_LAST_TEXT:
             self._recent.popleft()
 
     def recent_reach(self) -> tuple[Floats, Floats]:
         """Twice (N, k+1): the chances that the first 0..k drafts hold by all that is known now, of recent blocks and
-        of the text's own drafts at the same places, 0 beyond their number."""
+        of the text's own drafts after the latest steps, 0 beyond their number.
+
+        Side by side they stand for what comes: where every step hangs masks they are of the same places.
+        """
         for calibration in (self.calibration, self.lookup):
             calibration.learn()
-        recent = list(self._recent) or [([log_odds(FIRST_GUESS)] * self.masks, [])]
+        recent = list(self._recent) or [[log_odds(FIRST_GUESS)] * self.masks]
+        nothing: list[list[float]] = [[]] * len(recent)
         found = np.zeros((len(recent), self.masks + 1))
-        for row, (_, logits) in zip(found, recent, strict=True):
+        for row, logits in zip(found, [*nothing, *self._found][-len(recent) :], strict=True):
             row[: len(logits) + 1] = self.lookup.reach(logits)
-        return np.array([self.calibration.reach(logits) for logits, _ in recent]), found
+        return np.array([self.calibration.reach(logits) for logits in recent]), found

@@ -159,10 +159,11 @@ class Adaptive:
     def _choose(self, row: Running, made: Sequence[float], confidences: Sequence[float]) -> tuple[list[int], bool]:
         """The drafts of which more should hold: those of the masks, or those of the text itself (then True)."""
         found = self._found(row)
+        self.experience.found(found.logits)
         best, instead = found, bool(found.drafts)
         blocks = [found] if found.drafts else []
         if row.drafts:
-            logits = self.experience.made(confidences[: row.drafts], found.logits)
+            logits = self.experience.made(confidences[: row.drafts])
             block = OpenBlock([int(token) for token in made[: row.drafts]], logits, self.experience.calibration)
             blocks.append(block)
             if sum(block.reach) >= sum(found.reach):
