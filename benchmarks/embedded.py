@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -16,12 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from unfinished import INTERRUPTED, STOPPED, Unfinished, joined, say
+from unfinished import Unfinished, joined, say, stoppable
 
 import foretell
 from foretell.checkpoint import write_text
 from foretell.decoding.generate import MTPForCausalLM
-from foretell.errors import ForetellError
 from foretell.evaluation.answers import exact_answers
 from foretell.evaluation.bench import bench
 from foretell.evaluation.measure import count, encode_prompts, first_difference, run
@@ -149,10 +147,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ForetellError as error:
-        sys.exit(f"embedded.py: {error}")
-    except KeyboardInterrupt:
-        say(STOPPED)
-        sys.exit(INTERRUPTED)
+    stoppable(main)

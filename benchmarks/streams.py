@@ -10,20 +10,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from unfinished import INTERRUPTED, STOPPED, Unfinished, joined, say
+from unfinished import Unfinished, joined, say, stoppable
 
 import foretell
 from foretell.base import load_base
 from foretell.checkpoint import write_text
 from foretell.config import MTPConfig
 from foretell.decoding.generate import EMBEDDED, MTPForCausalLM
-from foretell.errors import ForetellError
 from foretell.evaluation.bench import bench
 from foretell.evaluation.prompts import Prompt, load_prompts
 from foretell.evaluation.report import Report, environment
@@ -136,10 +134,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ForetellError as error:
-        sys.exit(f"streams.py: {error}")
-    except KeyboardInterrupt:
-        say(STOPPED)
-        sys.exit(INTERRUPTED)
+    stoppable(main)

@@ -11,10 +11,10 @@ from typing import Any
 
 from foretell.checkpoint import write_text
 from foretell.decoding.generate import MTPForCausalLM
+from foretell.errors import ForetellError
 from foretell.evaluation.report import environment
 from foretell.evaluation.saved import FREE_ENVIRONMENT
 
-STOPPED = "stopped; the same command goes on where it was"
 INTERRUPTED = 130  # exit code
 
 
@@ -68,6 +68,17 @@ class Unfinished:
 def joined(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One report of `bench` from those of its sets."""
     return {**reports[0], "cells": [cell for report in reports for cell in report["cells"]]}
+
+
+def stoppable(main: Callable[[], None]) -> None:
+    """A benchmark's `main`; an error becomes one sentence, and an interruption says that nothing is lost."""
+    try:
+        main()
+    except ForetellError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    except KeyboardInterrupt:
+        say("stopped; the same command goes on where it was")
+        sys.exit(INTERRUPTED)
 
 
 def say(line: str) -> None:
