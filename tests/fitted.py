@@ -28,11 +28,11 @@ def fitted(name: str) -> tuple[MTPForCausalLM, torch.Tensor]:
     assert model.sampler is not None
     anchors = torch.arange(4, 70, 3)[None]
     labels = text[0][anchors[0][:, None] + torch.arange(2, 6)]  # m_j after x_i predicts x_{i+j+1}
-    previous = text[0][anchors[0][:, None] + torch.arange(1, 5)]
+    previous = text[0][anchors[0][:, None, None] + torch.arange(1, 5)[:, None] - torch.arange(2)]
     optimiser = torch.optim.AdamW(model.own_parameters().values(), lr=1e-2)
     for _ in range(60):
         latents = mask_pass(model, anchors, regular_pass(model, text))[0]
-        sampled = model.sampler(model.base.embed(previous), latents)
+        sampled = model.sample(previous, latents)
         loss = sum(
             nn.functional.cross_entropy(model.base.unembed(z).flatten(0, 1), labels.flatten())
             for z in (latents, sampled)

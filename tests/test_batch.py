@@ -1,6 +1,7 @@
 """Batches of prompts of different lengths: every row as if it were alone, fp32."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -30,19 +31,23 @@ def test_ragged_batch_of_rejected_drafts(name: str) -> None:
         assert [row.token_ids for row in out] == expected, strategy
 
 
+@dataclass(frozen=True)
 class EverySecondSpoiled(SamplerDrafter):
-    """Every draft of the prompts with an odd number is wrong."""
+    """Every draft of the prompts with an odd number is wrong. Notes the two tokens before every block."""
+
+    noted: list[tuple[int, int, list[int]]] = field(default_factory=list)  # prompt, place, tokens
 
     def __call__(
         self,
         latents: Tensor,
-        first: Tensor,
+        before: Tensor,
         sequences: Sequence[int],
         places: Sequence[int],
         logits: Tensor | None = None,
         go_on: GoOn | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        drafts, confidences = super().__call__(latents, first, sequences, places, logits, go_on)
+        drafts, confidences = super().__call__(latents, before, sequences, places, logits, go_on)
+        self.noted.extend(zip(sequences, places, before.tolist(), strict=True))
         odd = torch.tensor(sequences)[:, None] % 2
         return (drafts + odd) % VOCAB, confidences
 
@@ -56,9 +61,15 @@ def test_rows_accept_their_own_number_and_leave_when_they_end(name: str) -> None
         config = DecodeConfig(max_new_tokens=50, strategy=strategy)
         drafter = EverySecondSpoiled(model, config, Picker(config))
         done: list[list[Step]] = [[] for _ in prompts]
+        texts = [prompt[0].tolist() for prompt in prompts]
         for batch in steps(model, [ids[0] for ids in prompts], config, Picker(config), stop, drafter=drafter):
             for step in batch:
                 done[step.sequence].append(step)
+                texts[step.sequence] += step.tokens
+        for number, place, before in drafter.noted:
+            end = prompts[number].shape[1] + place
+            assert before == texts[number][end - 2 : end][::-1]
+        assert drafter.noted or strategy not in ("linear", "quadratic")
         return done
 
     free = [sum(len(step.tokens) for step in row) / len(row) for row in decode("quadratic", None)]

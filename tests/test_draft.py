@@ -11,53 +11,58 @@ from foretell.sampler import BigramHead, CombinedHead, SamplerHead
 from .models import VOCAB, random_prompt, reference, tiny_model
 
 
-def plain_chain(model: MTPModel, latents: Tensor, token: Tensor) -> list[int]:
-    """y = argmax W · MLP([E_y; z]), one mask after another."""
+def plain_chain(model: MTPModel, latents: Tensor, before: Tensor) -> list[int]:
+    """y = argmax W · MLP([E_y; E_y'; z]), one mask after another; before (2,), the latest first."""
     assert model.sampler is not None
-    drafts = []
+    text = before.flip(0).tolist()
     for latent in latents:
-        token = model.base.unembed(model.sampler(model.base.embed(token), latent)).argmax(-1)
-        drafts.append(int(token))
-    return drafts
+        latest = torch.tensor(text[: -1 - model.sampler.tokens : -1])
+        text.append(int(model.base.unembed(model.sampler(model.base.embed(latest), latent)).argmax(-1)))
+    return text[2:]
 
 
-@pytest.mark.parametrize("sampler", ["mlp", "residual", "bigram", "combined"])
+@pytest.mark.parametrize(
+    ("sampler", "tokens"), [("mlp", 1), ("residual", 2), ("bigram", 1), ("bigram", 2), ("combined", 2)]
+)
 @pytest.mark.parametrize("name", ["llama", "opt", "gemma2"])
-def test_chain_equals_the_plain_reading(name: str, sampler: str) -> None:
-    model = tiny_model(name, sampler=sampler)
+def test_chain_equals_the_plain_reading(name: str, sampler: str, tokens: int) -> None:
+    model = tiny_model(name, sampler=sampler, sampler_tokens=tokens)
     for seed in range(8):
         latents = torch.randn(4, model.base.d_model, generator=torch.Generator().manual_seed(seed))
-        first = torch.tensor(seed)
-        expected = plain_chain(model, latents, first)
+        before = torch.tensor([seed, seed + 3])
+        expected = plain_chain(model, latents, before)
         for shortlist in (0, VOCAB, 10**6):
-            assert draft(model, latents[None], first[None], shortlist=shortlist)[0].tolist() == [expected]
+            assert draft(model, latents[None], before[None], shortlist=shortlist)[0].tolist() == [expected]
 
 
-def test_chain_depends_on_the_token_before() -> None:
-    model = tiny_model()
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_chain_depends_on_the_tokens_before(tokens: int) -> None:
+    model = tiny_model(sampler_tokens=tokens)
     latents = torch.randn(4, model.base.d_model, generator=torch.Generator().manual_seed(0))
-    chains = draft(model, latents.expand(30, -1, -1), torch.arange(30))[0].tolist()  # a batch with one token each
-    assert len({tuple(chain) for chain in chains}) > 1
-    assert chains == [plain_chain(model, latents, torch.tensor(first)) for first in range(30)]
+    for latest_first in (1, -1):
+        before = torch.stack([torch.arange(30), torch.full((30,), 7)][::latest_first], dim=1)
+        chains = draft(model, latents.expand(30, -1, -1), before)[0].tolist()  # a batch with other tokens each
+        assert (len({tuple(chain) for chain in chains}) > 1) == (tokens == 2 or latest_first == 1)
+        assert chains == [plain_chain(model, latents, own) for own in before]
 
 
 def test_shortlist_of_one_is_the_base_argmax() -> None:
     model = tiny_model(sampler="mlp")
     latents = torch.randn(1, 4, model.base.d_model, generator=torch.Generator().manual_seed(0))
-    first = torch.tensor([3])
+    before = torch.tensor([[3, 5]])
     expected = model.base.unembed(latents).argmax(-1)
-    assert torch.equal(draft(model, latents, first, shortlist=1)[0], expected)
-    assert torch.equal(draft(model, latents, first, use_sampler=False)[0], expected)
-    assert not torch.equal(draft(model, latents, first)[0], expected)
+    assert torch.equal(draft(model, latents, before, shortlist=1)[0], expected)
+    assert torch.equal(draft(model, latents, before, use_sampler=False)[0], expected)
+    assert not torch.equal(draft(model, latents, before)[0], expected)
 
 
 @pytest.mark.parametrize("use_sampler", [True, False])
 def test_logits_read_along_change_nothing(use_sampler: bool) -> None:
     model = tiny_model()
     latents = torch.randn(3, 4, model.base.d_model, generator=torch.Generator().manual_seed(0))
-    first, logits = torch.tensor([3, 4, 5]), model.base.unembed(latents)
-    read = draft(model, latents, first, use_sampler, shortlist=5, logits=logits)[0]
-    assert torch.equal(read, draft(model, latents, first, use_sampler, shortlist=5)[0])
+    before, logits = torch.tensor([[3, 1], [4, 2], [5, 3]]), model.base.unembed(latents)
+    read = draft(model, latents, before, use_sampler, shortlist=5, logits=logits)[0]
+    assert torch.equal(read, draft(model, latents, before, use_sampler, shortlist=5)[0])
 
 
 @pytest.mark.parametrize("shortlist", [0, VOCAB])
@@ -65,15 +70,14 @@ def test_logits_read_along_change_nothing(use_sampler: bool) -> None:
 def test_confidence_is_the_drafts_own_probability(use_sampler: bool, shortlist: int) -> None:
     model = tiny_model()
     latents = torch.randn(1, 4, model.base.d_model, generator=torch.Generator().manual_seed(0))
-    first = torch.tensor([3])
-    drafts, confidences = draft(model, latents, first, use_sampler, shortlist, confident=True)
-    assert confidences is not None and draft(model, latents, first, use_sampler, shortlist)[1] is None
-    before = [int(first), *drafts[0].tolist()]
+    before = torch.tensor([[3, 5]])
+    drafts, confidences = draft(model, latents, before, use_sampler, shortlist, confident=True)
+    assert confidences is not None and draft(model, latents, before, use_sampler, shortlist)[1] is None
+    text = [5, 3, *drafts[0].tolist()]
     for mask, (token, confidence) in enumerate(zip(drafts[0].tolist(), confidences[0].tolist(), strict=True)):
         latent = latents[0, mask]
         if use_sampler:
-            assert model.sampler is not None
-            latent = model.sampler(model.base.embed(torch.tensor(before[mask])), latent)
+            latent = model.sample(torch.tensor([text[mask + 1], text[mask]]), latent)
         assert confidence == pytest.approx(float(model.base.unembed(latent).softmax(-1)[token]), abs=1e-6)
 
 
@@ -91,24 +95,24 @@ def test_a_chain_ends_when_told() -> None:
 
     model = tiny_model()
     latents = torch.randn(2, 4, model.base.d_model, generator=torch.Generator().manual_seed(0))
-    first = torch.tensor([3, 4])
-    drafts, sure = draft(model, latents, first, confident=True)
+    before = torch.tensor([[3, 1], [4, 2]])
+    drafts, sure = draft(model, latents, before, confident=True)
     assert sure is not None
     reach = sure.cumprod(1).amax(0)  # of the sequence that fares best
     for made in (1, 2, 3):
         floor = float(reach[made - 1]) * 1.001
-        early, confidences = draft(model, latents, first, confident=True, go_on=above(floor))
+        early, confidences = draft(model, latents, before, confident=True, go_on=above(floor))
         assert torch.equal(early, drafts[:, :made]) and torch.equal(confidences, sure[:, :made])
-    assert draft(model, latents, first, confident=True, go_on=above(0.0))[0].shape == (2, 4)
+    assert draft(model, latents, before, confident=True, go_on=above(0.0))[0].shape == (2, 4)
 
 
 def test_the_bigram_head_adds_a_low_rank_table_to_the_logits() -> None:
     model = tiny_model(sampler="bigram", sampler_rank=3)
     assert isinstance(model.sampler, BigramHead)
-    tokens, latents = torch.arange(VOCAB), torch.randn(VOCAB, 32)
+    before, latents = torch.stack([torch.arange(VOCAB), torch.arange(VOCAB).flip(0)], dim=1), torch.randn(VOCAB, 32)
 
     def added(latents: torch.Tensor) -> torch.Tensor:
-        return model.base.unembed(model.sampler(model.base.embed(tokens), latents)) - model.base.unembed(latents)
+        return model.base.unembed(model.sample(before, latents)) - model.base.unembed(latents)
 
     assert torch.linalg.matrix_rank(added(latents), rtol=1e-4) == 3
     # In units of the latents' own size, whatever that is.
@@ -120,18 +124,18 @@ def test_heads_start_at_the_bases_own_choice(sampler: str) -> None:
     head = tiny_model(sampler=sampler, random_adapter=False).sampler
     assert head is not None
     latents = torch.randn(5, 32)
-    assert torch.equal(head(torch.randn(5, 32), latents), latents)
+    assert torch.equal(head(torch.randn(5, 2, 32), latents), latents)
 
 
 def test_the_combined_head_is_the_sum_of_the_two() -> None:
     model = tiny_model(sampler="combined", sampler_rank=3)
     assert isinstance(model.sampler, CombinedHead)
-    embedding, latents = torch.randn(2, 5, 32)
+    embedding, latents = torch.randn(5, 2, 32), torch.randn(5, 32)
     out = model.sampler(embedding, latents)
     size = latents.pow(2).mean(-1, keepdim=True).sqrt()
     units = embedding / (embedding.pow(2).mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
-    table = size * (units @ model.sampler.bigram.a.weight.T @ model.sampler.bigram.b.weight.T)
-    residual = SamplerHead(32, 32, residual=True)
+    table = size * (units.flatten(1) @ model.sampler.bigram.a.weight.T @ model.sampler.bigram.b.weight.T)
+    residual = SamplerHead(32, 32, 2, residual=True)
     residual.load_state_dict({k: v for k, v in model.sampler.state_dict().items() if not k.startswith("bigram")})
     torch.testing.assert_close(out, residual(embedding, latents) + table)
     assert table.abs().mean() > 1e-4

@@ -101,7 +101,7 @@ def test_all_losses_by_hand(objective: str, weighting: str) -> None:
             latent, weight = z_masks[0, block, j - 1], expected_weights[j - 1]
             label, wanted = int(target.labels[0, block, j - 1]), model.base.unembed(z[0, t])
             base_terms.append(weight * plain_loss(objective, model.base.unembed(latent), label, wanted))
-            drafted = model.sampler(model.base.embed(target.previous[0, block, j - 1]), latent)
+            drafted = model.sample(target.previous[0, block, j - 1], latent)
             sampler_terms.append(weight * plain_loss(objective, model.base.unembed(drafted), label, wanted))
             lcm.setdefault(t, []).append(weight * (latent - z[0, t]).square().mean())
             shares.setdefault(t, []).append(weight)
@@ -227,9 +227,10 @@ def test_trainings_and_models_of_earlier_versions_go_on(base: str, data: Path, t
     short = TrainConfig(**{**CONFIG.to_dict(), "steps": 3, "schedule": "flat", "keep_best": False})
     whole = TrainConfig(**{**short.to_dict(), "steps": 6, "warmup": 0})
     short = TrainConfig(**{**short.to_dict(), "warmup": 0})
-    run(base, data, tmp_path / "whole", whole)
-    run(base, data, tmp_path / "old", short)
-    new = {"sampler_rank", "mask_attention", *EVERYTHING, "offset_decay"} - {"steps"}
+    one = MTPConfig(**{**MTP.to_dict(), "sampler_tokens": 1})  # all that there was
+    run(base, data, tmp_path / "whole", whole, one)
+    run(base, data, tmp_path / "old", short, one)
+    new = {"sampler_rank", "sampler_tokens", "mask_attention", *EVERYTHING, "offset_decay"} - {"steps"}
     for path, key in (("checkpoint/state.json", "settings"), ("foretell.json", "config")):
         file = tmp_path / "old" / path
         content = json.loads(file.read_text())
@@ -240,6 +241,7 @@ def test_trainings_and_models_of_earlier_versions_go_on(base: str, data: Path, t
 
     assert not load(tmp_path / "old", device="cpu").bidirectional
     with pytest.raises(ForetellError, match=r"offset_weights \(was uniform, now decay\)"):
-        run(base, data, tmp_path / "old", TrainConfig(**{**whole.to_dict(), "offset_weights": "decay"}), resume=True)
-    run(base, data, tmp_path / "old", whole, resume=True)
+        decayed = TrainConfig(**{**whole.to_dict(), "offset_weights": "decay"})
+        run(base, data, tmp_path / "old", decayed, one, resume=True)
+    run(base, data, tmp_path / "old", whole, one, resume=True)
     assert weights(tmp_path / "old") == weights(tmp_path / "whole")

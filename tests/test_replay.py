@@ -33,7 +33,7 @@ class Counted:
     def __call__(
         self,
         latents: Tensor,
-        first: Tensor,
+        before: Tensor,
         sequences: object,
         places: object,
         logits: Tensor | None = None,
@@ -138,16 +138,16 @@ def test_drafts_hold_as_often_as_the_profile_says(informative: bool) -> None:
 
 
 def test_replay_refuses_what_it_can_not_replay() -> None:
-    latents, first = torch.zeros(1, 4, 4), torch.zeros(1, dtype=torch.long)
+    latents, before = torch.zeros(1, 4, 4), torch.zeros(1, 2, dtype=torch.long)
     with pytest.raises(ForetellError, match="every prompt"):
         ReplayDrafter(Counted(), [[1], []], PROFILE, 97)
     with pytest.raises(ForetellError, match="never rise"):
         ReplayDrafter(Counted(), [[1]], (0.5, 0.7), 97)
     drafter = ReplayDrafter(Counted(), [[1, 2]], PROFILE, 97)
     with pytest.raises(ForetellError, match="3 chances"):
-        drafter(latents, first, [0], [0])
+        drafter(latents, before, [0], [0])
     with pytest.raises(ForetellError, match="ends before token 2"):
-        drafter(latents[:, :2], first, [0], [2])
+        drafter(latents[:, :2], before, [0], [2])
 
 
 def test_a_random_shape_decodes_finitely_and_its_adapter_acts() -> None:

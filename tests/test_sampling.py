@@ -120,7 +120,7 @@ class Scripted:
     def __call__(
         self,
         latents: Tensor,
-        first: Tensor,
+        before: Tensor,
         sequences: Sequence[int],
         places: Sequence[int],
         logits: Tensor | None = None,

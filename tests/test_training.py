@@ -85,7 +85,7 @@ def test_labels_stop_at_the_end_of_text_and_of_the_answer() -> None:
     target = targets(ids, trained, torch.tensor([[1, 2, 5]]), torch.tensor([[True, True, False]]), 3)
     assert target.valid.tolist() == [[[True, True, False], [True, False, False], [False] * 3]]
     assert target.labels[0, 0, :2].tolist() == [13, 14]  # x_{1+1+1}, x_{1+2+1}
-    assert target.previous[0, 0, :2].tolist() == [12, 13]
+    assert target.previous[0, 0, :2].tolist() == [[12, 11], [13, 12]]
     assert target.positions[0, 0, :2].tolist() == [2, 3]
 
 
@@ -250,7 +250,7 @@ def test_half_precision_trains(base: str, data: Path, tmp_path: Path, dtype: str
 def test_a_draft_chain_follows_the_choices_of_the_base() -> None:
     """A sampler that repeats the previous token's embedding: its draft depends on that token alone."""
     model = tiny_model(masks=2)
-    model.sampler.forward = lambda embedding, latent: embedding  # type: ignore[union-attr, method-assign]
+    model.sampler.forward = lambda embedding, latent: embedding[:, 0]  # type: ignore[union-attr, method-assign]
     torch.manual_seed(3)
     ids, anchors, z = torch.randint(97, (1, 40)), torch.arange(0, 36)[None], torch.randn(1, 40, 32)
     target = targets(ids, torch.ones(1, 40, dtype=torch.bool), anchors, torch.ones(1, 36, dtype=torch.bool), 2)
@@ -263,6 +263,14 @@ def test_a_draft_chain_follows_the_choices_of_the_base() -> None:
     expected = 1 + sum(first + (first and second) for first, second in match) / 36
     found = agreement(model, torch.randn(1, 36, 2, 32), z, anchors, target)
     assert found.simulated_acceptance() == round(expected, 4) and 1.2 < expected < 2.5
+
+    # And one that repeats the embedding before: at a block's first mask that is of the anchor itself.
+    model.sampler.forward = lambda embedding, latent: embedding[:, 1]  # type: ignore[union-attr, method-assign]
+    of_anchor = model.base.unembed(model.base.embed(ids[0])).argmax(-1)
+    match = [[bool(of_anchor[i] == choice[i + 1]), bool(after[i] == choice[i + 2])] for i in range(36)]
+    expected = 1 + sum(first + (first and second) for first, second in match) / 36
+    found = agreement(model, torch.randn(1, 36, 2, 32), z, anchors, target)
+    assert found.simulated_acceptance() == round(expected, 4) and expected > 1
 
 
 def test_the_normalised_consistency_loss_ignores_the_scale_of_the_base() -> None:

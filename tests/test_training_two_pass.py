@@ -112,7 +112,7 @@ def reference_loss(model: MTPModel, ids: list[int], anchors: list[int]) -> torch
                 continue
             latent, label = masks[block, j - 1], torch.tensor([ids[anchor + j + 1]])
             base.append(torch.nn.functional.cross_entropy(model.base.unembed(latent)[None], label))
-            guess = model.sampler(model.base.embed(torch.tensor(ids[anchor + j])), latent)
+            guess = model.sample(torch.tensor([ids[anchor + j], ids[anchor + j - 1]]), latent)
             sampler.append(torch.nn.functional.cross_entropy(model.base.unembed(guess)[None], label))
             apart.setdefault(anchor + j, []).append((z[anchor + j].detach() - latent).square().mean())
     lcm = torch.stack([torch.stack(same).mean() for same in apart.values()]).mean()

@@ -100,7 +100,7 @@ def load(
     tokenizer = load_tokenizer(base.name, trust_remote_code)
     if load_again is not None and (packed or (packed is None and fast_when_packed(base))):
         base.pack(lambda: load_again().lm)
-    config = MTPConfig.from_dict(description["config"])
+    config = MTPConfig.from_dict({"sampler_tokens": 1, **description["config"]})  # 1 before that was a setting
     model = cls(base, config, tokenizer, check=check)
     try:
         load_weights(model, directory / WEIGHTS_FILE)

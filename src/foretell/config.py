@@ -119,9 +119,12 @@ class MTPConfig(Config):
     alpha: float = option(256.0, "LoRA scale: the low-rank term is multiplied by alpha / rank", minimum=0.0)
     sampler: str = option(
         "combined",
-        "sampler head: combined (z + MLP + low-rank map of the token before), residual (z + MLP), bigram (z + low-rank "
-        "map), mlp as in the paper, or none",
+        "sampler head: combined (z + MLP + low-rank map of the tokens before), residual (z + MLP), bigram (z + that map), "
+        "mlp as in the paper, or none",
         choices=("combined", "residual", "bigram", "mlp", "none"),
+    )
+    sampler_tokens: int = option(
+        2, "tokens before the one to draft that the sampler head reads (1 in the paper)", minimum=1, maximum=2
     )
     sampler_rank: int = option(64, "rank of the low-rank map of the bigram and combined sampler heads", minimum=1)
     mask_attention: str = option(

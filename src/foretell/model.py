@@ -109,6 +109,11 @@ class MTPModel(nn.Module):
         with self.adapter.open(*rows):
             return self.base.latents(embeddings, positions, mask, cache)
 
+    def sample(self, tokens: Tensor, latents: Tensor) -> Tensor:
+        """The sampler head's latents (..., D), for the two tokens (..., 2) int64 before each, the latest first."""
+        assert self.sampler is not None
+        return self.sampler(self.base.embed(tokens[..., : self.sampler.tokens]), latents)
+
     def prefill(self, ids: Tensor, cache: Cache) -> Tensor:
         """Plain causal forward of a prompt (B, n) into the cache, gate closed -> z (B, n, D)."""
         return self.base.latents(self.base.embed(ids), cache=cache)

@@ -152,13 +152,13 @@ def measure(model: MTPModel, config: DecodeConfig, batch: int = 1, widths: Seque
     tasks: dict[tuple[str, int], Callable[[], object]] = {
         key: partial(_step, model, config, layout, cache, batch) for key, layout in layouts.items()
     }
-    first = prompt[:1].expand(batch)
+    before = prompt[:1].expand(batch, 2)
     logits = model.base.unembed(latents) if reads_along(model, config, 0) else None  # for all: `_step` reads the rest
     shortlist = shortlist_size(model, config.shortlist)
     for count in sorted({1, (masks + 1) // 2, masks}) if widths is None else ():
         read = None if logits is None else logits[:, :count]
         tasks["drafts", count] = partial(
-            draft, model, latents[:, :count], first, config.use_sampler, shortlist, confident=True, logits=read
+            draft, model, latents[:, :count], before, config.use_sampler, shortlist, confident=True, logits=read
         )
     seconds: dict[tuple[str, int], list[float]] = {key: [] for key in tasks}
     start = time.perf_counter()

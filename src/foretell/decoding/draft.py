@@ -33,17 +33,18 @@ class Drafter(Protocol):
     def __call__(
         self,
         latents: Tensor,
-        first: Tensor,
+        before: Tensor,
         sequences: Sequence[int],
         places: Sequence[int],
         logits: Tensor | None = None,
         go_on: GoOn | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """latents (B, K, D) of a block each, the token before it, first (B,) -> drafts (B, K) int64, confidences.
+        """latents (B, K, D) of a block each -> drafts (B, K) int64, confidences.
 
-        logits (B, K, V) are the base's at the masks, where the step has read them already (see `reads_along`). Draft j
-        of row b, from 0, is for new token number `places[b]` + j of prompt number `sequences[b]`. Confidences
-        (B, K) fp32 in 0..1 are how sure the drafter is of each draft if the ones before it hold; None if nobody asks.
+        before (B, 2) int64 are the two tokens before each block's first draft, the latest first. logits (B, K, V) are
+        the base's at the masks, where the step has read them already (see `reads_along`). Draft j of row b, from 0, is
+        for new token number `places[b]` + j of prompt number `sequences[b]`. Confidences (B, K) fp32 in 0..1 are how
+        sure the drafter is of each draft if the ones before it hold; None if nobody asks.
         `go_on` is told the confidences (B,) of every draft as it is made; once it is false, the rest may be left out.
         """
         ...
@@ -60,7 +61,7 @@ class SamplerDrafter:
     def __call__(
         self,
         latents: Tensor,
-        first: Tensor,
+        before: Tensor,
         sequences: Sequence[int],
         places: Sequence[int],
         logits: Tensor | None = None,
@@ -74,7 +75,7 @@ class SamplerDrafter:
 
         shortlist = shortlist_size(self.model, self.config.shortlist)
         confident = self.config.strategy == "adaptive"
-        return draft(self.model, latents, first, self.config.use_sampler, shortlist, choose, confident, logits, go_on)
+        return draft(self.model, latents, before, self.config.use_sampler, shortlist, choose, confident, logits, go_on)
 
 
 def shortlist_size(model: MTPModel, shortlist: int | None) -> int:
@@ -96,7 +97,7 @@ def reads_along(model: MTPModel, config: DecodeConfig, masks: int) -> bool:
 def draft(
     model: MTPModel,
     latents: Tensor,
-    first: Tensor,
+    before: Tensor,
     use_sampler: bool = True,
     shortlist: int = 0,
     choose: Callable[[Tensor, int], Tensor] = largest,
@@ -104,9 +105,9 @@ def draft(
     logits: Tensor | None = None,
     go_on: GoOn | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """latents (B, K, D) of a block each and the token before it, first (B,) int64 -> drafts (B, K) int64.
+    """latents (B, K, D) of a block each and the two tokens before it, before (B, 2) int64 -> drafts (B, K) int64.
 
-    With the sampler each draft is conditioned on the one before; the chain starts from the base's own token. Without
+    With the sampler each draft is conditioned on those before; the chain starts from the base's own token. Without
     it every draft is the base's argmax at its mask. If `confident`, with the drafts' own probabilities (B, K) fp32.
 
     The exact chain reads the whole unembedding K times in a row. With `shortlist` m it is read once, for all masks
@@ -144,16 +145,16 @@ def draft(
         short = None
         if shortlist and isinstance(model.base.head, (nn.Linear, PackedLinear)):
             short = Shortlist(model, model.base.unembed(latents) if logits is None else logits, shortlist)
-        token = first
         for mask in range(latents.shape[1]):
-            sampled = sampler.finish(prepared[:, mask], model.base.embed(token), latents[:, mask])  # (B, D)
+            embedding = model.base.embed(before[:, : sampler.tokens])
+            sampled = sampler.finish(prepared[:, mask], embedding, latents[:, mask])  # (B, D)
             if short is None:
                 take(model.base.unembed(sampled), mask)
             elif choose is largest:
                 take(short.scores(sampled, mask), mask, short.tokens[:, mask])
             else:
                 take(short.all_scores(sampled, mask), mask)
-            token = drafts[-1]
+            before = torch.stack([drafts[-1], before[:, 0]], dim=1)
             if go_on is not None and not go_on(confidences[-1]):
                 break
     return torch.stack(drafts, dim=1), torch.stack(confidences, dim=1) if confident else None

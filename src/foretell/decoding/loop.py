@@ -101,7 +101,8 @@ def refilled_steps(
                 layouts = [plain()] * len(running)
             regular = layouts[0].regular
             drafts = drafts[:, : regular - 1]
-            latents = model.step(torch.cat([x[:, None], drafts.clamp(min=0)], dim=1), layouts, cache, cache.lengths)
+            ids = torch.cat([x[:, None], drafts.clamp(min=0)], dim=1)
+            latents = model.step(ids, layouts, cache, cache.lengths)
             # What the unembedding reads is most of its cost, so few masks are read along with the regular rows.
             along = reads_along(model, config, layouts[0].masks)
             logits = model.base.unembed(latents if along else latents[:, :regular])
@@ -127,14 +128,16 @@ def refilled_steps(
             order = leave_finished(running, cache)
             if order:
                 running = [running[row] for row in order]
-                x = choices[order, [accepted[row] for row in order]]
+                ends = order, [accepted[row] for row in order]
+                x = choices[ends]
+                before = torch.stack([x, ids[ends]], dim=1)
                 blocks = [layouts[row].block_rows(accepted[row]) for row in order]
                 for row, block in zip(running, blocks, strict=True):
                     row.drafts = 0 if block is None else min(block.stop - block.start, row.remaining - 1)
                 if len(order) < len(done):
                     latents, logits = latents[order], logits[order]
                 read = surviving(logits, blocks) if along else None
-                drafts = draft_blocks(drafter, strategy, surviving(latents, blocks), read, x, running)
+                drafts = draft_blocks(drafter, strategy, surviving(latents, blocks), read, before, running)
                 strategy.took(layouts[0], spent + time.perf_counter() - begin)
             else:
                 running = []
@@ -205,14 +208,14 @@ def draft_blocks(
     strategy: Strategy,
     latents: Tensor,
     logits: Tensor | None,
-    first: Tensor,
+    before: Tensor,
     running: Sequence[Running],
 ) -> Tensor:
     """latents (B, K, D), and logits if read, of the surviving blocks -> drafts (B, K'), NO_DRAFT beyond a row's own."""
-    drafts, confidences = first.new_empty((len(running), 0)), None
+    drafts, confidences = before.new_empty((len(running), 0)), None
     if latents.shape[1]:
         sequences, places = [row.sequence for row in running], [row.place for row in running]
-        drafts, confidences = drafter(latents, first, sequences, places, logits, strategy.go_on)
+        drafts, confidences = drafter(latents, before, sequences, places, logits, strategy.go_on)
     for row in running:
         row.drafts = min(row.drafts, drafts.shape[1])
     drafts = strategy.drafted(running, drafts, confidences)

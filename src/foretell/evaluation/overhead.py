@@ -110,14 +110,14 @@ class TimedDrafter:
     def __call__(
         self,
         latents: Tensor,
-        first: Tensor,
+        before: Tensor,
         sequences: Sequence[int],
         places: Sequence[int],
         logits: Tensor | None = None,
         go_on: GoOn | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         with self.watch.section(DRAFT):
-            return self.drafter(latents, first, sequences, places, logits, go_on)
+            return self.drafter(latents, before, sequences, places, logits, go_on)
 
 
 @contextmanager

@@ -60,13 +60,13 @@ class ReplayDrafter:
     def __call__(
         self,
         latents: Tensor,
-        first: Tensor,
+        before: Tensor,
         sequences: Sequence[int],
         places: Sequence[int],
         logits: Tensor | None = None,
         go_on: GoOn | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """See `Drafter`: latents (B, K, D), first (B,) -> drafts (B, K) int64, confidences (B, K) fp32.
+        """See `Drafter`: latents (B, K, D), before (B, 2) -> drafts (B, K) int64, confidences (B, K) fp32.
 
         Raises ForetellError for more masks than the profile has chances and for a place past a continuation's end.
         """
@@ -82,7 +82,7 @@ class ReplayDrafter:
         confidences = torch.stack([self.confidences[key][:masks] for key in keys])
         if go_on is not None:  # as the sampler's own chain would end, by these confidences
             masks = next((n for n in range(1, masks) if not go_on(confidences[:, n - 1])), masks)
-        self.drafter(latents[:, :masks], first, sequences, places, None if logits is None else logits[:, :masks])
+        self.drafter(latents[:, :masks], before, sequences, places, None if logits is None else logits[:, :masks])
         return drafts[:, :masks], confidences[:, :masks]
 
 

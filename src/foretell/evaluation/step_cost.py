@@ -145,7 +145,7 @@ class StepBench:
             tasks[f"verify {rows}"] = partial(verify, self.ids(rows)[:, 1:], self.ids(rows))
         for masks in range(1, k + 1):
             z = self.latents(masks)
-            chain = partial(draft, model, z, self.ids(1)[:, 0])
+            chain = partial(draft, model, z, self.ids(2))
             tasks[f"chain {masks}, exact"] = chain
             for m in SHORTLISTS:
                 tasks[f"chain {masks}, {m}"] = partial(chain, shortlist=m)

@@ -20,7 +20,7 @@ class Targets(NamedTuple):
     """What every mask is to predict. Mask j (counted from 1) after anchor i has label x_{i+j+1} and position id i+j."""
 
     labels: Tensor  # (B, A, K) int64
-    previous: Tensor  # (B, A, K) int64: x_{i+j}, the token before the label
+    previous: Tensor  # (B, A, K, 2) int64: x_{i+j} and x_{i+j-1}, the tokens before the label
     positions: Tensor  # (B, A, K) int64: i + j, where the base predicts the same token
     valid: Tensor  # (B, A, K) bool: the label exists and it and all tokens since the anchor are trained
     sharing: Tensor  # (B, A, K) int64: valid masks of all blocks at that position; they predict the same token
@@ -51,7 +51,8 @@ def targets(
     if lengths is not None:
         valid &= offsets <= lengths[:, :, None]
     rows = _rows_of_z(ahead, last + 1)
-    return Targets(at(ids, ahead + 1), at(ids, ahead), ahead, valid, _sharing(rows, rows[valid]))
+    previous = torch.stack([at(ids, ahead), at(ids, ahead - 1)], dim=-1)
+    return Targets(at(ids, ahead + 1), previous, ahead, valid, _sharing(rows, rows[valid]))
 
 
 class Totals(NamedTuple):
@@ -136,7 +137,7 @@ def mtp_losses(
     total = config.base_weight * losses["base"]
     draft = masks
     if model.sampler is not None:
-        draft = model.sampler(model.base.embed(target.previous[valid]), masks).to(masks.dtype)
+        draft = model.sample(target.previous[valid], masks).to(masks.dtype)
         losses["sampler"] = loss(draft, config.sampler_objective)
         total = total + config.sampler_weight * losses["sampler"]
     if config.lcm_weight:

@@ -81,10 +81,12 @@ def matches(model: MTPModel, z_masks: Tensor, z: Tensor, anchors: Tensor, target
 
     path = torch.cat([anchors[:, :, None], target.positions], dim=2)  # i, i+1, .. i+K
     along = choices.gather(1, path.flatten(1)).view(path.shape)
-    wanted, before = along[:, :, 1:][valid], along[:, :, :-1][valid]
+    wanted, last = along[:, :, 1:], along[:, :, :-1]
+    # Before its first choice stands the anchor itself.
+    earlier = torch.cat([target.previous[:, :, :1, 1], last[:, :, :-1]], dim=2)
     latents = z_masks[valid]
     if model.sampler is not None:
-        latents = model.sampler(model.base.embed(before), latents).to(latents.dtype)
+        latents = model.sample(torch.stack([last, earlier], dim=-1)[valid], latents).to(latents.dtype)
     match = torch.zeros_like(valid)
-    match[valid] = choose(model, latents) == wanted
+    match[valid] = choose(model, latents) == wanted[valid]
     return Matches(match, valid)

@@ -34,6 +34,7 @@ SEQUENCES = "sequences per step (batch_size × accumulation × processes)"
 # Settings that trainings of earlier versions did not name, and what they did.
 BEFORE = {
     "sampler_rank": MTPConfig().sampler_rank,  # of a head that they did not have
+    "sampler_tokens": 1,
     "mask_attention": "causal",
     "base_objective": "labels",
     "sampler_objective": "labels",
