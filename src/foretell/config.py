@@ -119,7 +119,7 @@ class MTPConfig(Config):
     alpha: float = option(256.0, "LoRA scale: the low-rank term is multiplied by alpha / rank", minimum=0.0)
     sampler: str = option(
         "combined",
-        "sampler head: combined (z + MLP + low-rank map of the tokens before), residual (z + MLP), bigram (z + that map), "
+        "sampler head: combined (z + MLP + low-rank map of the tokens before), residual (z + MLP), bigram (z + map), "
         "mlp as in the paper, or none",
         choices=("combined", "residual", "bigram", "mlp", "none"),
     )
