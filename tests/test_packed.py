@@ -122,20 +122,23 @@ def test_wrong_products_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("rank", [16, 80])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_adapter_agrees_with_the_plain_one(rank: int, dtype: torch.dtype) -> None:
-    """One sequence goes through packed matrices where they pay, several through plain ones: the reference."""
+    """Where they pay the matrices are packed, of one sequence and of several."""
     torch.manual_seed(2)
     linear = nn.Linear(960, 1000).to(dtype).requires_grad_(False)
     adapters = GatedLoRA({"linear": Target(linear, 960, 1000)}, rank, alpha=rank)
-    for low_rank in cast(Iterable[LowRank], adapters.adapters.values()):
-        nn.init.normal_(low_rank.b, std=0.05)
+    (low_rank,) = cast(Iterable[LowRank], adapters.adapters.values())
+    nn.init.normal_(low_rank.b, std=0.05)
     adapters.to(dtype).requires_grad_(False)
     assert (low_rank.packed() is None) == (dtype == torch.float32 and rank == 16)
     x = torch.randn(2, 5, 960, dtype=dtype)
     with torch.inference_mode(), adapters.open(regular=2, width=5):
-        together, alone = linear(x), torch.cat([linear(x[:1]), linear(x[1:])])
-    assert torch.equal(alone[:, :2], torch.nn.functional.linear(x, linear.weight, linear.bias)[:, :2])
-    assert not torch.equal(alone[:, 2:], torch.nn.functional.linear(x, linear.weight, linear.bias)[:, 2:])
-    torch.testing.assert_close(alone, together, atol=0.02 if dtype == torch.bfloat16 else 1e-4, rtol=0.02)
+        found = linear(x), torch.cat([linear(x[:1]), linear(x[1:])])
+    base = torch.nn.functional.linear(x, linear.weight, linear.bias)
+    for out in found:
+        assert torch.equal(out[:, :2], base[:, :2])
+        assert not torch.equal(out[:, 2:], base[:, 2:])
+        expected = base[:, 2:] + low_rank(x[:, 2:])
+        torch.testing.assert_close(out[:, 2:], expected, atol=0.02 if dtype == torch.bfloat16 else 1e-4, rtol=0.02)
 
 
 def test_adapter_that_is_trained_is_never_packed() -> None:

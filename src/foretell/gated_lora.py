@@ -41,10 +41,7 @@ class LowRank(nn.Module):
     def add_to(self, out: Tensor, x: Tensor) -> None:
         """out (B, n, d_out) += s·B·A·x (B, n, d_in), in place: fewer kernel launches than `forward`, for inference."""
         a, b = self.a.t().to(x.dtype), self.b.t().to(x.dtype)
-        if len(x) == 1:
-            out[0].addmm_(x[0] @ a, b, alpha=self.scale)
-        else:
-            out.add_((x.flatten(0, 1) @ a @ b).view(out.shape), alpha=self.scale)
+        out.add_((x.flatten(0, 1) @ a @ b).view(out.shape), alpha=self.scale)
 
     def packed(self) -> tuple[Tensor, Tensor] | None:
         """A and B for `packed.product`, once no more is trained and where that is faster (docs/experiments.md)."""
@@ -98,15 +95,16 @@ class GatedLoRA(nn.Module):
             if self.gated and regular is None:
                 return None
             x = args[0]
-            # Decoding one sequence, as `_adapt` does it, in as little Python as can be: every linear of every step.
-            alone = self.gated and regular and x.ndim == 3 and x.shape[:2] == (1, self._width)
-            if alone and isinstance(output, Tensor) and x.dtype == a.dtype and not torch.is_grad_enabled():
-                if blocks is None:
+            # Decoding as `_adapt` does it, in as little Python as can be: every linear of every step.
+            steps = self.gated and regular and x.ndim == 3 and x.shape[1] == self._width
+            if steps and isinstance(output, Tensor) and x.dtype == a.dtype and not torch.is_grad_enabled():
+                if blocks is not None:
+                    narrow = packed.product(x[:, regular:], blocks[0])
+                    output[:, regular:].add_(packed.product(narrow, blocks[1]), alpha=scale)
+                    return None
+                if len(x) == 1:
                     output[0, regular:].addmm_(x[0, regular:] @ a, b, alpha=scale)
-                else:
-                    narrow = packed.product(x[0, regular:], blocks[0])
-                    output[0, regular:].add_(packed.product(narrow, blocks[1]), alpha=scale)
-                return None
+                    return None
             if isinstance(output, tuple):  # a mixture may return its router's scores too
                 return self._adapt(adapter, args[0], output[0]), *output[1:]
             return self._adapt(adapter, args[0], output)
