@@ -295,3 +295,16 @@ def test_an_unsupported_base(saved: Path, tmp_path: Path, capsys: Captured) -> N
     fails(
         capsys, "generate", "--prompt", "a", "--model", tmp_path / "adapter", named="MambaForCausalLM is not supported"
     )
+
+
+def test_long_work_says_how_far_it_is_where_there_is_no_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from foretell.commands import render
+
+    now = 100.0
+    monkeypatch.setattr(render.time, "monotonic", lambda: now)
+    with render.progress_bar() as on_progress:
+        for now, done in ((101.0, 1), (131.0, 2), (140.0, 3), (165.0, 4)):  # noqa: B007
+            on_progress(done, 9, "linear [8]")
+    assert capsys.readouterr().err.splitlines() == ["2/9 measuring linear [8]", "4/9 measuring linear [8]"]

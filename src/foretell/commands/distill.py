@@ -76,12 +76,15 @@ def command(
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[Progress], None]]:
-    """Answers, tokens per second and per step on a terminal's stderr, gone when done; nothing elsewhere."""
+    """Answers, tokens per second and per step on a terminal's stderr, gone when done; elsewhere a line now and then."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
+    from foretell.commands.render import NowAndThen
+
     console = Console(stderr=True)
+    line = NowAndThen(console)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("loading", total=None)
@@ -89,6 +92,7 @@ def progress_bar() -> Iterator[Callable[[Progress], None]]:
         def on_progress(now: Progress) -> None:
             speed = f"answering: {now.tokens / now.seconds:,.0f} tokens/s, {now.tokens / now.steps:.2f} tokens per step"
             bar.update(task, completed=now.done, total=now.total, description=speed)
+            line(now.done, now.total, speed)
 
         yield on_progress
 

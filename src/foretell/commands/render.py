@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 HUES = ("dark_cyan", "dark_orange3")  # readable on dark and on light backgrounds
 PLAIN_WIDTH = 110  # columns where no terminal says
+EVERY = 30.0  # seconds
 
 
 def stdout_console() -> Console:
@@ -110,17 +111,32 @@ def summary(generation: Generation) -> str:
     )
 
 
+class NowAndThen:
+    """A line of progress every EVERY seconds where there is no terminal to draw a bar on; quick work says nothing."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._next = time.monotonic() + EVERY
+
+    def __call__(self, done: int, total: int | None, what: str) -> None:
+        if not self.console.is_terminal and (now := time.monotonic()) >= self._next:
+            self._next = now + EVERY
+            self.console.print(f"{done}/{total} {what}", soft_wrap=True, highlight=False, markup=False)
+
+
 @contextmanager
 def progress_bar() -> Iterator[Callable[[int, int, str], None]]:
-    """A bar on a terminal's stderr, gone when done; nothing elsewhere."""
+    """A bar on a terminal's stderr, gone when done; elsewhere a line now and then."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    line = NowAndThen(console)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("measuring", total=None)
 
         def on_progress(done: int, total: int, label: str) -> None:
             progress.update(task, completed=done, total=total, description=f"measuring {label}")
+            line(done, total, f"measuring {label}")
 
         yield on_progress

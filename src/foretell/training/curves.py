@@ -142,6 +142,7 @@ def draw(runs: Sequence[Run], path: str | Path) -> None:
         _agreement_over_steps(per_mask, runs[0])
     else:
         _agreement_now(per_mask, runs)
+    if len(runs) > 1 or len(panels[0].lines) > 1:
         panels[0].legend(frameon=False, fontsize=9)
     _by_masks(by_masks, runs)
     for axes in (*panels[: len(terms)], over_steps, per_mask, by_masks):
@@ -155,15 +156,15 @@ def draw(runs: Sequence[Run], path: str | Path) -> None:
 
 
 def _loss(axes: Axes, runs: Sequence[Run], term: str) -> None:
-    least, most = float("inf"), 0.0
+    least, most, several = float("inf"), 0.0, len(runs) > 1
     for run, colour in _coloured(runs):
         steps, values = run.series(term)
         if not values:
             continue
         smooth = _smoothed(values)
         if smooth != values:
-            axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
-        axes.plot(steps, smooth, color=colour, linewidth=1.8, label=run.name)
+            axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3, label=None if several else "as measured")
+        axes.plot(steps, smooth, color=colour, linewidth=1.8, label=run.name if several else "smoothed")
         least, most = min(least, *values), max(most, *values)
     if least > 0 and most > WIDE_RANGE * least:
         axes.set_yscale("log")
