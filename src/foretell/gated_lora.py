@@ -1,7 +1,8 @@
 """Low-rank adapters that touch mask rows only (method.md section 2).
 
-Each adapted module of the base gets a forward hook that adds s·B·A·x to the rows of the gate's slice. The base's module
-tree, state dict and code stay as they are, and a forward without masks meets no hook, or one that returns at once.
+Each adapted module of the base gets a forward hook that adds s·B·A·x to the rows of the gate's slice; once nothing is
+trained any more, packed linears that are one product get one such term for all of them. The base's module tree, state
+dict and code stay as they are, and a forward without masks meets no hook, or one that returns at once.
 Regular rows never pass through extra arithmetic, so they are bit-identical to the base's: the gate is a selection, not
 a multiplication.
 """
@@ -11,17 +12,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Self, cast
+from functools import partial
+from typing import Any, NamedTuple, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 
 from foretell import packed
 from foretell.errors import ForetellError
+from foretell.fused_lora import FusedLowRank, worth_packing
+from foretell.packed import PackedLinear, PackedProduct
 
-WORTH_PACKING = 2**16  # numbers of an fp32 matrix; below, a packed product's call costs more than it saves
 PATIENCE = 3  # forwards without masks before the hooks are taken off: putting them on and off costs as much as that
 
 
@@ -44,12 +46,30 @@ class LowRank(nn.Module):
         out.add_((x.flatten(0, 1) @ a @ b).view(out.shape), alpha=self.scale)
 
     def packed(self) -> tuple[Tensor, Tensor] | None:
-        """A and B for `packed.product`, once no more is trained and where that is faster (docs/experiments.md)."""
+        """A and B for `packed.product`, once no more is trained and where that is faster."""
         a, b = self.a, self.b
-        if a.requires_grad or packed.why_not(a.device, a.dtype):
+        if a.requires_grad or not worth_packing(a, a.numel() + b.numel()):
             return None
-        small = a.dtype == torch.float32 and a.numel() + b.numel() < 2 * WORTH_PACKING
-        return None if small else (packed.reorder(a), packed.reorder(b))
+        return packed.reorder(a), packed.reorder(b)
+
+
+class Handle(Protocol):
+    """Of a hook that was put on."""
+
+    def remove(self) -> None:
+        """Takes it off."""
+        ...
+
+
+class Added:
+    """What is added to a packed product until `remove`."""
+
+    def __init__(self, product: PackedProduct, add: Callable[[Tensor, Tensor], None]) -> None:
+        self.product, self.add = product, add
+        product.added.append(add)
+
+    def remove(self) -> None:
+        self.product.added.remove(self.add)
 
 
 class Target(NamedTuple):
@@ -73,22 +93,24 @@ class GatedLoRA(nn.Module):
         if not targets:
             raise ForetellError("no linear layer was found inside the base's blocks, so there is nothing to adapt")
         self.gated = gated
+        self.scale = alpha / rank
         # Names hold dots, which ModuleDict refuses; the state dict maps back and forth.
         self.adapters = nn.ModuleDict()
-        self._hooks: list[Any] = []
-        self._handles: list[RemovableHandle] = []
+        self._hooks: list[Callable[[], Handle]] = []
+        self._handles: list[Handle] = []
         self._regular: int | None = None  # rows before the gate's slice; None: the gate is closed
         self._width = 0
         self._idle = 0  # forwards without masks in a row
         self._targets = [module for module, _, _ in targets.values()]  # a list: the base's modules stay the base's
         for name, (_, d_in, d_out) in targets.items():
-            self.adapters[name.replace(".", "/")] = LowRank(d_in, d_out, rank, alpha / rank)
+            self.adapters[name.replace(".", "/")] = LowRank(d_in, d_out, rank, self.scale)
         if not gated:
             self.attach()
 
-    def _hook(self, adapter: LowRank) -> Any:
-        a, b, scale = adapter.a.detach().t(), adapter.b.detach().t(), adapter.scale
-        blocks = adapter.packed()
+    def _hook(self, adapter: LowRank) -> Callable[..., Any]:
+        fused = None
+        if self.gated and not adapter.a.requires_grad:
+            fused = FusedLowRank([len(adapter.b)], {0: (adapter.a, adapter.b)}, adapter.scale)
 
         def add_low_rank(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             regular = self._regular
@@ -96,15 +118,10 @@ class GatedLoRA(nn.Module):
                 return None
             x = args[0]
             # Decoding as `_adapt` does it, in as little Python as can be: every linear of every step.
-            steps = self.gated and regular and x.ndim == 3 and x.shape[1] == self._width
-            if steps and isinstance(output, Tensor) and x.dtype == a.dtype and not torch.is_grad_enabled():
-                if blocks is not None:
-                    narrow = packed.product(x[:, regular:], blocks[0])
-                    output[:, regular:].add_(packed.product(narrow, blocks[1]), alpha=scale)
-                    return None
-                if len(x) == 1:
-                    output[0, regular:].addmm_(x[0, regular:] @ a, b, alpha=scale)
-                    return None
+            whole = x.ndim == 3 and x.shape[1] == self._width and isinstance(output, Tensor)
+            if fused is not None and regular and whole and x.dtype == fused.dtype and not torch.is_grad_enabled():
+                fused.add_to(output[:, regular:], x[:, regular:])
+                return None
             if isinstance(output, tuple):  # a mixture may return its router's scores too
                 return self._adapt(adapter, args[0], output[0]), *output[1:]
             return self._adapt(adapter, args[0], output)
@@ -155,10 +172,29 @@ class GatedLoRA(nn.Module):
     def attach(self) -> None:
         """Puts the hooks on the base, if they are not there."""
         if not self._handles:
-            if not self._hooks:
-                self._hooks = [self._hook(cast(LowRank, adapter)) for adapter in self.adapters.values()]
-            pairs = zip(self._targets, self._hooks, strict=True)
-            self._handles = [module.register_forward_hook(hook) for module, hook in pairs]
+            self._hooks = self._hooks or list(self._make_hooks())
+            self._handles = [put_on() for put_on in self._hooks]
+
+    def _make_hooks(self) -> Iterator[Callable[[], Handle]]:
+        """What puts each hook on."""
+        together: dict[PackedProduct, dict[int, tuple[Tensor, Tensor]]] = {}
+        for module, low_rank in zip(self._targets, self.adapters.values(), strict=True):
+            adapter = cast(LowRank, low_rank)
+            ready = self.gated and not adapter.a.requires_grad
+            if ready and isinstance(module, PackedLinear) and module.product.packed.dtype == adapter.a.dtype:
+                together.setdefault(module.product, {})[module.index] = adapter.a, adapter.b
+            else:
+                yield partial(module.register_forward_hook, self._hook(adapter))
+        for product, matrices in together.items():
+            yield partial(Added, product, self._adding(FusedLowRank(product.sizes, matrices, self.scale)))
+
+    def _adding(self, fused: FusedLowRank) -> Callable[[Tensor, Tensor], None]:
+        def add_low_rank(x: Tensor, output: Tensor) -> None:
+            regular = self._regular
+            if regular is not None:
+                fused.add_to(self._by_step(output)[:, regular:], self._by_step(x)[:, regular:])
+
+        return add_low_rank
 
     def of_block(self, number: int) -> list[tuple[nn.Module, LowRank]]:
         """The adapted modules of one of the base's blocks, each with its adapter."""
@@ -166,7 +202,7 @@ class GatedLoRA(nn.Module):
         return [(module, cast(LowRank, adapter)) for module, (name, adapter) in names if name.startswith(f"{number}/")]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # Moved or cast: the hooks hold views of the parameters' old memory.
+        # Moved or cast: the hooks hold copies of what the parameters were.
         attached = bool(self._handles)
         self.remove()
         self._hooks.clear()

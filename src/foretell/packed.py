@@ -51,6 +51,7 @@ class PackedProduct:
         self.packed = reorder(torch.cat(list(weights)) if len(weights) > 1 else weights[0])
         there = [bias.detach() for bias in biases if bias is not None]
         self.bias = torch.cat(there) if there else None
+        self.added: list[Callable[[Tensor, Tensor], None]] = []  # each, given x and x W^T + bias, adds to the latter
         self._made: tuple[Tensor, dict[int, Tensor]] | None = None  # an x and what linears have yet to take of it
 
     @property
@@ -67,14 +68,20 @@ class PackedProduct:
     def part(self, x: Tensor, index: int) -> Tensor:
         """What linear number `index` makes of x; the product is made when the first of them asks."""
         if len(self.sizes) == 1:
-            return product(x, self.packed, self.bias)
+            return self._make(x)
         made = self._made  # in one piece: another thread's x may take its place at any time
         if made is None or made[0] is not x or index not in made[1]:
-            made = self._made = x, dict(enumerate(product(x, self.packed, self.bias).split(self.sizes, -1)))
+            made = self._made = x, dict(enumerate(self._make(x).split(self.sizes, -1)))
         part = made[1].pop(index)
         if not made[1]:
             self._made = None  # all have theirs
         return part
+
+    def _make(self, x: Tensor) -> Tensor:
+        made = product(x, self.packed, self.bias)
+        for add in self.added:
+            add(x, made)
+        return made
 
 
 class PackedLinear(nn.Module):
