@@ -43,7 +43,7 @@ def test_terms_are_those_of_the_adapters(
         expected = out[:, 2:] + torch.cat([adapters[0](x), none, adapters[2](x)], dim=-1)
         before = out[:, :2].clone()
         fused = FusedLowRank(sizes, {number: (a.a, a.b) for number, a in adapters.items()}, 0.5)
-        assert len(fused.parts) == (1 if diagonal else 2)
+        assert len(fused.parts) == (1 if diagonal and dtype == torch.bfloat16 else 2)
         fused.add_to(out[:, 2:], x)
     assert torch.equal(out[:, :2], before)
     torch.testing.assert_close(out[:, 2:], expected, atol=0.1 if dtype == torch.bfloat16 else 1e-5, rtol=0.02)

@@ -11,7 +11,7 @@ from torch import Tensor
 from foretell import packed
 
 WORTH_PACKING = 2**17  # numbers of A and B in fp32; below, a packed product's call costs more than it saves
-DIAGONAL = 2**19  # numbers of all B's along a diagonal; above, the zeros between them cost more than calls
+DIAGONAL = 2**19  # numbers of packed B's along a diagonal; above, the zeros between them cost more than calls
 
 
 def worth_packing(a: Tensor, numbers: int) -> bool:
@@ -20,9 +20,9 @@ def worth_packing(a: Tensor, numbers: int) -> bool:
 
 
 class FusedLowRank:
-    """s·B·A·x of linears that are one product: A's one below the other, B's along a diagonal.
+    """s·B·A·x of linears that are one product: A's one below the other, packed B's along a diagonal if they are small.
 
-    Several matrices or packed ones are a copy, which does not change when the adapters do.
+    What is packed or of several linears is a copy, which does not change when the adapters do.
     """
 
     def __init__(self, sizes: Sequence[int], matrices: Mapping[int, tuple[Tensor, Tensor]], scale: float) -> None:
@@ -31,25 +31,28 @@ class FusedLowRank:
         self.scale = scale
         downs = [a.detach() for a, _ in matrices.values()]
         a = torch.cat(downs) if len(downs) > 1 else downs[0]
-        # (rows of out, columns of A·x, B); with few numbers all in one.
+        # rows of out, columns of A·x, B
         self.parts = [
             (slice(*starts[number : number + 2]), slice(*ends[place : place + 2]), b.detach())
             for place, (number, (_, b)) in enumerate(matrices.items())
         ]
-        if len(sizes) > 1 and starts[-1] * ends[-1] <= DIAGONAL:
+        self.dtype = a.dtype
+        self.packed = worth_packing(a, a.numel() + sum(b.numel() for *_, b in self.parts))
+        if self.packed and len(sizes) > 1 and starts[-1] * ends[-1] <= DIAGONAL:
             diagonal = a.new_zeros(starts[-1], ends[-1])
             for rows, columns, b in self.parts:
                 diagonal[rows, columns] = b
             self.parts = [(slice(0, starts[-1]), slice(0, ends[-1]), diagonal)]
-        self.dtype = a.dtype
-        self.packed = worth_packing(a, a.numel() + sum(b.numel() for *_, b in self.parts))
         self.a = packed.reorder(a) if self.packed else a.t()
         self.parts = [(rows, columns, packed.reorder(b) if self.packed else b.t()) for rows, columns, b in self.parts]
 
     def add_to(self, out: Tensor, x: Tensor) -> None:
         """out (B, n, sum of d_out) += s·B·A·x (B, n, d_in), in place, without autograd."""
-        if not self.packed and len(x) == len(self.parts) == 1:
-            out[0].addmm_(x[0] @ self.a, self.parts[0][2], alpha=self.scale)
+        if not self.packed and len(x) == 1:
+            narrow = x[0] @ self.a
+            # Here a call costs less than the zeros of a diagonal.
+            for rows, columns, b in self.parts:
+                out[0, :, rows].addmm_(narrow[:, columns], b, alpha=self.scale)
             return
         narrow = packed.product(x, self.a) if self.packed else x @ self.a
         for rows, columns, b in self.parts:
