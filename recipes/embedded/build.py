@@ -134,7 +134,7 @@ def mixed_stage(settings: Settings) -> None:
     whole = settings.folder / "adapter_data"
     data = [f"{whole / name}.jsonl:{weight}" for name, weight in MIXTURE.items()]
     second = str(settings.folder / "adapter_second")
-    train_adapter(settings, data, settings.adapter, "--init", second, "--steps", "2600", "--lr", "2.0e-3")
+    train_adapter(settings, data, settings.adapter, "--init", second, "--steps", "3800", "--lr", "2.0e-3")
 
 
 def install_stage(settings: Settings) -> None:
