@@ -128,9 +128,9 @@ def refilled_steps(
             order = leave_finished(running, cache)
             if order:
                 running = [running[row] for row in order]
-                ends = order, [accepted[row] for row in order]
-                x = choices[ends]
-                before = torch.stack([x, ids[ends]], dim=1)
+                former, end = torch.tensor([order, [accepted[row] for row in order]], device=x.device)  # one transfer
+                x = choices[former, end]
+                before = torch.stack([x, ids[former, end]], dim=1)
                 blocks = [layouts[row].block_rows(accepted[row]) for row in order]
                 for row, block in zip(running, blocks, strict=True):
                     row.drafts = 0 if block is None else min(block.stop - block.start, row.remaining - 1)
