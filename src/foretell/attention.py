@@ -1,7 +1,8 @@
 """Attention masks in the form each base wants, from who-sees-whom and positions.
 
-A ready 4-D mask is used by transformers as it is. We always give the additive form (0 and the dtype's minimum): sdpa
-takes it as well as a boolean one, eager attention takes only it, and sdpa would convert a boolean mask in every layer.
+A ready 4-D mask is used by transformers as it is. We give the additive form (0 and the dtype's minimum): sdpa takes it
+as well as a boolean one, eager attention takes only it, and sdpa would convert a boolean mask in every layer. Only
+FlexAttention gets block masks.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from transformers import PretrainedConfig
 
 AttentionMask = Tensor | dict[str, Tensor]
 
+FLEX = "flex_attention"  # among transformers' attention implementations
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 
 
@@ -35,7 +37,7 @@ def window_kinds(config: PretrainedConfig) -> dict[str | None, tuple[str, int] |
 def attention_mask(
     visible: Tensor, query_positions: Tensor, key_positions: Tensor, config: PretrainedConfig, dtype: torch.dtype
 ) -> AttentionMask:
-    """Additive masks (B, 1, Q, S): 0 where a row may look, the dtype's minimum elsewhere.
+    """Additive masks (B, 1, Q, S): 0 where a row may look, the dtype's minimum elsewhere. For flex `block_mask`s.
 
     visible (B, Q, S) bool; query_positions (B, Q) and key_positions (B, S) int64: windows go by position, not by
     column. Never -inf: a row that sees nothing would turn NaN, and NaN spreads.
@@ -48,13 +50,25 @@ def attention_mask(
             query, cached = query_positions[:, :, None], key_positions[:, None, :]
             near = query - cached < size if kind == SLIDING else query // size == cached // size
             seen = visible & near
-        masks[key] = additive(seen, dtype)[:, None]
+        flex = config.get_text_config()._attn_implementation == FLEX
+        masks[key] = block_mask(seen) if flex else additive(seen, dtype)[:, None]
     return masks[None] if None in masks else {str(key): mask for key, mask in masks.items()}
 
 
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     """bool -> 0 where true, the dtype's minimum where false."""
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+
+
+def block_mask(seen: Tensor) -> Any:
+    """seen (B, Q, S) bool -> torch's BlockMask of it for FlexAttention, for all heads."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def sees(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        return seen[batch, row, column]
+
+    batch, rows, columns = seen.shape
+    return create_block_mask(sees, batch, None, rows, columns, device=seen.device)
 
 
 def is_windowed(config: PretrainedConfig) -> bool:

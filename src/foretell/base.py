@@ -111,7 +111,8 @@ class Base(nn.Module):
     ) -> Tensor:
         """(B, Q, E) -> z (B, Q, D), after the final norm. Without a mask: causal over what is cached."""
         step = mask is not None or embeddings.shape[1] == 1
-        with grouped(self.text_config) if self._groups and step else nullcontext():
+        group = self._groups and step and self.text_config._attn_implementation == "sdpa"
+        with grouped(self.text_config) if group else nullcontext():
             out = self.decoder(
                 inputs_embeds=embeddings,
                 position_ids=positions,

@@ -192,6 +192,11 @@ class TrainConfig(Config):
         "masks that go forward and backward together; fewer: less memory, more time [256 on a CPU, 1024 elsewhere]",
         minimum=1,
     )
+    attention: str = option(
+        "sdpa",
+        "how masks attend: sdpa, or flex, FlexAttention with block masks, which skips keys that none sees (on a GPU)",
+        choices=("sdpa", "flex"),
+    )
     shard_base: bool = option(
         False, "with several processes, each keeps a share of the base's blocks: for a base too large for one GPU"
     )

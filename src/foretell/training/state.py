@@ -26,7 +26,7 @@ DIRECTORY, OPTIMIZER_FILE, STATE_FILE = "checkpoint", "optimizer.safetensors", "
 # How a step's sequences are shared out among processes and micro-batches is free too, as long as there are as many.
 FREE_SETTINGS = (
     "steps", "checkpoint_every", "log_every", "evaluate_every", "batch_size", "accumulation", "masks_at_once",
-    "shard_base", "keep_best", "tracker",
+    "attention", "shard_base", "keep_best", "tracker",
 )  # fmt: skip
 
 SEQUENCES = "sequences per step (batch_size × accumulation × processes)"

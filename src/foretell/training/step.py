@@ -15,6 +15,7 @@ from foretell.errors import ForetellError
 from foretell.model import MTPModel
 from foretell.training.anchors import by_entropy, check_choice, keep_by_entropy
 from foretell.training.batches import Batch
+from foretell.training.flex import attending, check_attention
 from foretell.training.losses import Targets, Totals, mtp_losses, targets, variance
 from foretell.training.objectives import cross_entropy
 from foretell.training.offsets import Held, block_lengths, offset_weights
@@ -151,6 +152,7 @@ class Stepper:
         self, model: MTPModel, config: TrainConfig, processes: int = 1, variance: Tensor | None = None
     ) -> None:
         check_choice(config.anchor_choice, model.adapter.gated)
+        check_attention(model.base, config.attention)
         self.held = Held(model.max_masks, model.base.device)
         self.model, self.config, self.processes, self.variance = model, config, processes, variance
         self.parameters = {name: p for name, p in model.own_parameters().items() if p.requires_grad}
@@ -225,7 +227,7 @@ class Stepper:
         losses: dict[str, Tensor] = {}
         parts = []
         for which in anchor_groups(plan.anchors.shape[1], groups):
-            with self.autocast():
+            with self.autocast(), attending(self.model.base, self.config.attention):
                 part = forward(self.model, batch, plan.of_blocks(which))
                 terms = all_losses(self.model, batch, part, self.config, weights, totals)
             (terms["loss"] * scale).backward()
