@@ -129,7 +129,8 @@ def test_packed_adapter_agrees_with_the_plain_one(rank: int, dtype: torch.dtype)
     (low_rank,) = cast(Iterable[LowRank], adapters.adapters.values())
     nn.init.normal_(low_rank.b, std=0.05)
     adapters.to(dtype).requires_grad_(False)
-    assert (low_rank.packed() is None) == (dtype == torch.float32 and rank == 16)
+    (term,) = adapters.terms
+    assert term.fused is not None and term.fused.packed == (dtype == torch.bfloat16 or rank == 80)
     x = torch.randn(2, 5, 960, dtype=dtype)
     with torch.inference_mode(), adapters.open(regular=2, width=5):
         found = linear(x), torch.cat([linear(x[:1]), linear(x[1:])])
@@ -142,7 +143,9 @@ def test_packed_adapter_agrees_with_the_plain_one(rank: int, dtype: torch.dtype)
 
 
 def test_adapter_that_is_trained_is_never_packed() -> None:
-    assert LowRank(1000, 1000, rank=128, scale=1.0).packed() is None
+    linear = nn.Linear(1000, 1000)
+    (term,) = GatedLoRA({"linear": Target(linear, 1000, 1000)}, rank=128, alpha=128).terms
+    assert term.fused is None
 
 
 def test_linears_that_get_the_same_rows_are_one_product() -> None:

@@ -8,7 +8,7 @@ counts would be compiled in. One call from Python then does a block's work, wher
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import repeat
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from foretell.errors import ForetellError
-from foretell.gated_lora import LowRank
+from foretell.fused_lora import FusedLowRank
+from foretell.gated_lora import Added, Handle, Term
 from foretell.packed import PackedLinear, PackedProduct, product
 
 OPTIONS = {
@@ -54,7 +55,7 @@ class Parts:
     """A block with what acts inside of it, as lists of tensors in a fixed order."""
 
     block: nn.Module
-    adapters: list[tuple[nn.Module, LowRank]]  # an adapted module of the block with its adapter
+    terms: list[Term]  # of the adapter
 
     @cached_property
     def own(self) -> dict[str, Tensor]:
@@ -66,14 +67,20 @@ class Parts:
         return list(dict.fromkeys(linear.product for linear in linears))
 
     @cached_property
-    def low(self) -> list[tuple[Tensor, Tensor]]:
-        """A and B of every adapter, packed where that is faster."""
-        return [adapter.packed() or (adapter.a, adapter.b) for _, adapter in self.adapters]
+    def low(self) -> list[FusedLowRank]:
+        """The low-rank terms. Raises ForetellError for an adapter in training."""
+        fused = [term.fused for term in self.terms if term.fused is not None]
+        if len(fused) < len(self.terms):
+            raise ForetellError("its adapter is being trained")
+        return fused
 
     def weights(self, masks: bool) -> list[Tensor]:
         """What the graph takes first; the adapter's matrices only where there are masks."""
-        low = [matrix for pair in self.low for matrix in pair] if masks else []
-        return [*self.own.values(), *(tensor for own in self.packed for tensor in own.tensors), *low]
+        return [*self.own.values(), *(tensor for own in self.holders(masks) for tensor in own.tensors)]
+
+    def holders(self, masks: bool) -> list[PackedProduct | FusedLowRank]:
+        """What holds tensors beside the block itself."""
+        return [*self.packed, *(self.low if masks else [])]
 
     @property
     def kind(self) -> tuple[Any, ...]:
@@ -86,8 +93,12 @@ class Parts:
             )
             for name, module in self.block.named_modules()
         ]
-        names = {module: name for name, module in self.block.named_modules()}
-        low = [(names[module], adapter.scale) for module, adapter in self.adapters]
+        sites: dict[object, object] = {module: name for name, module in self.block.named_modules()}
+        sites |= {product: number for number, product in enumerate(self.packed)}
+        low = [
+            (sites[term.site], fused.scale, fused.places, fused.joined)
+            for term, fused in zip(self.terms, self.low, strict=True)
+        ]
         shapes = [(tuple(t.shape), t.dtype, t.is_mkldnn or t.stride()) for t in self.weights(masks=True)]
         return repr(modules), repr(low), repr(shapes)
 
@@ -252,65 +263,57 @@ def _joined(tensors: list[Tensor], dim: int = 0) -> Tensor:
 
 def _of_tensors(parts: Parts, call: Call, masks: bool, gives: list[Any]) -> Callable[..., list[Tensor]]:
     """The block as a function of tensors alone, in `trace_block`'s order; what it gives is put into `gives`."""
-    adapters = parts.adapters if masks else []
-    sizes = [
-        len(parts.own),
-        sum(len(one.tensors) for one in parts.packed),
-        2 * len(adapters),
-        len(call.tensors),
-    ]
+    sizes = [len(parts.own), sum(len(one.tensors) for one in parts.holders(masks)), len(call.tensors)]
 
     def latents(*tensors: Tensor) -> list[Tensor]:
         left = iter(tensors)
-        own, packed, low, given = ([next(left) for _ in range(size)] for size in sizes)
+        own, held, given = ([next(left) for _ in range(size)] for size in sizes)
         keys, values, rows, columns, *gate = left
         stand_in = _Columns(keys, values, rows, columns)
         args, kwargs = _replaced((call.args, call.kwargs), iter(given), stand_in)
-        regular = gate[0].shape[0] - 1 if gate else 0
-        hooks = [
-            module.register_forward_hook(_adapted(a, b, adapter.scale, regular, real[0].is_mkldnn))
-            for (module, adapter), real, a, b in zip(adapters, parts.low, low[::2], low[1::2], strict=bool(adapters))
-        ]
-        try:
-            with _packed_as(parts.packed, packed):
-                weights = dict(zip(parts.own, own, strict=True))
-                out = torch.func.functional_call(parts.block, weights, args, kwargs)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with ExitStack() as stack:
+            stack.enter_context(_holding(parts.holders(masks), held))
+            for term, fused in zip(parts.terms, parts.low, strict=True) if masks else ():
+                handle = _put_on(term.site, _adding(fused, gate[0].shape[0] - 1))
+                stack.callback(handle.remove)
+            weights = dict(zip(parts.own, own, strict=True))
+            out = torch.func.functional_call(parts.block, weights, args, kwargs)
         gives.append(_replaced(out, repeat(torch.empty(0)), None))
         return tensors_of([out])
 
     return latents
 
 
-def _adapted(a: Tensor, b: Tensor, scale: float, regular: int, packed: bool) -> Callable[..., Any]:
-    """A hook that adapts the rows from `regular` on, of one sequence."""
+def _adding(fused: FusedLowRank, regular: int) -> Callable[[Tensor, Tensor], None]:
+    """What adapts the rows from `regular` on, of one sequence."""
 
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        whole = output[0] if isinstance(output, tuple) else output
-        x, out = args[0].reshape(-1, args[0].shape[-1]), whole.reshape(-1, whole.shape[-1])
-        if packed:
-            adapted = out[regular:].add(product(product(x[regular:], a), b), alpha=scale)
-        else:
-            adapted = torch.addmm(out[regular:], x[regular:] @ a.t(), b.t(), alpha=scale)
-        out = torch.cat([out[:regular], adapted]).view(whole.shape)
-        return (out, *output[1:]) if isinstance(output, tuple) else out
+    def add(x: Tensor, made: Tensor) -> None:
+        fused.add_to(made.view(1, -1, made.shape[-1])[:, regular:], x.reshape(1, -1, x.shape[-1])[:, regular:])
 
-    return hook
+    return add
+
+
+def _put_on(site: nn.Module | PackedProduct, add: Callable[[Tensor, Tensor], None]) -> Handle:
+    if isinstance(site, PackedProduct):
+        return Added(site, add)
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        add(args[0], output[0] if isinstance(output, tuple) else output)
+
+    return site.register_forward_hook(hook)
 
 
 @contextmanager
-def _packed_as(products: Sequence[PackedProduct], tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Within this context the products have other tensors."""
-    before = [one.tensors for one in products]
+def _holding(holders: Sequence[PackedProduct | FusedLowRank], tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Within this context they hold other tensors."""
+    before = [one.tensors for one in holders]
     left = iter(tensors)
     try:
-        for one, own in zip(products, before, strict=True):
+        for one, own in zip(holders, before, strict=True):
             one.tensors = [next(left) for _ in own]
         yield
     finally:
-        for one, own in zip(products, before, strict=True):
+        for one, own in zip(holders, before, strict=True):
             one.tensors = own
 
 

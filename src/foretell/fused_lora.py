@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from foretell import packed
+from foretell.packed import PackedProduct
 
 WORTH_PACKING = 2**17  # numbers of A and B in fp32; below, a packed product's call costs more than it saves
 DIAGONAL = 2**19  # numbers of packed B's along a diagonal; above, the zeros between them cost more than calls
@@ -22,40 +23,66 @@ def worth_packing(a: Tensor, numbers: int) -> bool:
 class FusedLowRank:
     """s·B·A·x of linears that are one product: A's one below the other, packed B's along a diagonal if they are small.
 
-    What is packed or of several linears is a copy, which does not change when the adapters do.
+    Small A's are joined to the product itself, which then makes A·x with what it makes anyway. What is packed, joined
+    or of several linears is a copy, which does not change when the adapters do.
     """
 
-    def __init__(self, sizes: Sequence[int], matrices: Mapping[int, tuple[Tensor, Tensor]], scale: float) -> None:
-        """sizes: d_out of every linear of the product; A (r, d_in) and B (d_out, r) of some, by their numbers."""
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        matrices: Mapping[int, tuple[Tensor, Tensor]],
+        scale: float,
+        product: PackedProduct | None = None,
+    ) -> None:
+        """sizes: d_out of every linear; A (r, d_in) and B (d_out, r) of some, by their numbers; `product`: theirs, to
+        join the A's to."""
         starts, ends = [0, *accumulate(sizes)], [0, *accumulate(a.shape[0] for a, _ in matrices.values())]
         self.scale = scale
         downs = [a.detach() for a, _ in matrices.values()]
         a = torch.cat(downs) if len(downs) > 1 else downs[0]
-        # rows of out, columns of A·x, B
-        self.parts = [
-            (slice(*starts[number : number + 2]), slice(*ends[place : place + 2]), b.detach())
-            for place, (number, (_, b)) in enumerate(matrices.items())
+        bs = [b.detach() for _, b in matrices.values()]
+        # Where each B's rows are in out, and its columns in A·x.
+        self.places = [
+            (slice(*starts[number : number + 2]), slice(*ends[place : place + 2]))
+            for place, number in enumerate(matrices)
         ]
-        self.dtype = a.dtype
-        self.packed = worth_packing(a, a.numel() + sum(b.numel() for *_, b in self.parts))
+        self.dtype, self.rank = a.dtype, ends[-1]
+        self.packed = worth_packing(a, a.numel() + sum(b.numel() for b in bs))
         if self.packed and len(sizes) > 1 and starts[-1] * ends[-1] <= DIAGONAL:
             diagonal = a.new_zeros(starts[-1], ends[-1])
-            for rows, columns, b in self.parts:
+            for (rows, columns), b in zip(self.places, bs, strict=True):
                 diagonal[rows, columns] = b
-            self.parts = [(slice(0, starts[-1]), slice(0, ends[-1]), diagonal)]
-        self.a = packed.reorder(a) if self.packed else a.t()
-        self.parts = [(rows, columns, packed.reorder(b) if self.packed else b.t()) for rows, columns, b in self.parts]
+            self.places, bs = [(slice(0, starts[-1]), slice(0, ends[-1]))], [diagonal]
+        self.joined = product is not None and product.join(a, by=self)
+        self.a = None if self.joined else packed.reorder(a) if self.packed else a.t()
+        self.bs = [packed.reorder(b) if self.packed else b.t() for b in bs]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Its own matrices: A, unless it is joined, and the B's."""
+        return [*self.bs] if self.a is None else [self.a, *self.bs]
+
+    @tensors.setter
+    def tensors(self, tensors: list[Tensor]) -> None:
+        if self.a is not None:
+            self.a, *tensors = tensors
+        self.bs = tensors
 
     def add_to(self, out: Tensor, x: Tensor) -> None:
-        """out (B, n, sum of d_out) += s·B·A·x (B, n, d_in), in place, without autograd."""
-        if not self.packed and len(x) == 1:
-            narrow = x[0] @ self.a
-            # Here a call costs less than the zeros of a diagonal.
-            for rows, columns, b in self.parts:
-                out[0, :, rows].addmm_(narrow[:, columns], b, alpha=self.scale)
-            return
-        narrow = packed.product(x, self.a) if self.packed else x @ self.a
-        for rows, columns, b in self.parts:
+        """out (B, n, sum of d_out) += s·B·A·x (B, n, d_in), in place, without autograd.
+
+        If A is joined, out is followed by A·x: (B, n, sum of d_out + r).
+        """
+        alone = not self.packed and len(x) == 1
+        if self.a is None:
+            narrow = out[..., -self.rank :]
+        elif self.packed:
+            narrow = packed.product(x, self.a)
+        else:
+            narrow = (x[0] @ self.a)[None] if alone else x @ self.a
+        for (rows, columns), b in zip(self.places, self.bs, strict=True):
             of_part = narrow[..., columns]
-            added = packed.product(of_part, b) if self.packed else of_part @ b
-            out[..., rows].add_(added, alpha=self.scale)
+            if alone:  # here a call costs less than the zeros of a diagonal
+                out[0, :, rows].addmm_(of_part[0], b, alpha=self.scale)
+            else:
+                out[..., rows].add_(packed.product(of_part, b) if self.packed else of_part @ b, alpha=self.scale)

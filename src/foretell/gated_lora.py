@@ -12,16 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, NamedTuple, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from foretell import packed
 from foretell.errors import ForetellError
-from foretell.fused_lora import FusedLowRank, worth_packing
+from foretell.fused_lora import FusedLowRank
 from foretell.packed import PackedLinear, PackedProduct
 
 PATIENCE = 3  # forwards without masks before the hooks are taken off: putting them on and off costs as much as that
@@ -45,13 +43,6 @@ class LowRank(nn.Module):
         a, b = self.a.t().to(x.dtype), self.b.t().to(x.dtype)
         out.add_((x.flatten(0, 1) @ a @ b).view(out.shape), alpha=self.scale)
 
-    def packed(self) -> tuple[Tensor, Tensor] | None:
-        """A and B for `packed.product`, once no more is trained and where that is faster."""
-        a, b = self.a, self.b
-        if a.requires_grad or not worth_packing(a, a.numel() + b.numel()):
-            return None
-        return packed.reorder(a), packed.reorder(b)
-
 
 class Handle(Protocol):
     """Of a hook that was put on."""
@@ -70,6 +61,15 @@ class Added:
 
     def remove(self) -> None:
         self.product.added.remove(self.add)
+
+
+class Term(NamedTuple):
+    """What acts on a module, or on all adapted linears of a packed product."""
+
+    name: str  # of the first module, in the base's blocks
+    site: nn.Module | PackedProduct
+    adapter: LowRank  # of the first module
+    fused: FusedLowRank | None = None  # once nothing is trained any more
 
 
 class Target(NamedTuple):
@@ -96,7 +96,7 @@ class GatedLoRA(nn.Module):
         self.scale = alpha / rank
         # Names hold dots, which ModuleDict refuses; the state dict maps back and forth.
         self.adapters = nn.ModuleDict()
-        self._hooks: list[Callable[[], Handle]] = []
+        self._terms: list[Term] = []
         self._handles: list[Handle] = []
         self._regular: int | None = None  # rows before the gate's slice; None: the gate is closed
         self._width = 0
@@ -107,11 +107,7 @@ class GatedLoRA(nn.Module):
         if not gated:
             self.attach()
 
-    def _hook(self, adapter: LowRank) -> Callable[..., Any]:
-        fused = None
-        if self.gated and not adapter.a.requires_grad:
-            fused = FusedLowRank([len(adapter.b)], {0: (adapter.a, adapter.b)}, adapter.scale)
-
+    def _hook(self, adapter: LowRank, fused: FusedLowRank | None) -> Callable[..., Any]:
         def add_low_rank(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             regular = self._regular
             if self.gated and regular is None:
@@ -171,22 +167,36 @@ class GatedLoRA(nn.Module):
 
     def attach(self) -> None:
         """Puts the hooks on the base, if they are not there."""
-        if not self._handles:
-            self._hooks = self._hooks or list(self._make_hooks())
-            self._handles = [put_on() for put_on in self._hooks]
+        if self._handles:
+            return
+        for _, site, adapter, fused in self.terms:
+            if isinstance(site, PackedProduct) and fused is not None:
+                self._handles.append(Added(site, self._adding(fused)))
+            elif isinstance(site, nn.Module):
+                self._handles.append(site.register_forward_hook(self._hook(adapter, fused)))
 
-    def _make_hooks(self) -> Iterator[Callable[[], Handle]]:
-        """What puts each hook on."""
-        together: dict[PackedProduct, dict[int, tuple[Tensor, Tensor]]] = {}
-        for module, low_rank in zip(self._targets, self.adapters.values(), strict=True):
+    @property
+    def terms(self) -> list[Term]:
+        """One for each module to adapt, or packed product of such modules; their copies are made once."""
+        if not self._terms:
+            self._terms = list(self._make_terms())
+        return self._terms
+
+    def _make_terms(self) -> Iterator[Term]:
+        together: dict[PackedProduct, list[tuple[int, str, LowRank]]] = {}
+        for module, (name, low_rank) in zip(self._targets, self.adapters.items(), strict=True):
             adapter = cast(LowRank, low_rank)
-            ready = self.gated and not adapter.a.requires_grad
-            if ready and isinstance(module, PackedLinear) and module.product.packed.dtype == adapter.a.dtype:
-                together.setdefault(module.product, {})[module.index] = adapter.a, adapter.b
+            if not self.gated or adapter.a.requires_grad:
+                yield Term(name, module, adapter)
+            elif isinstance(module, PackedLinear) and module.product.packed.dtype == adapter.a.dtype:
+                together.setdefault(module.product, []).append((module.index, name, adapter))
             else:
-                yield partial(module.register_forward_hook, self._hook(adapter))
-        for product, matrices in together.items():
-            yield partial(Added, product, self._adding(FusedLowRank(product.sizes, matrices, self.scale)))
+                fused = FusedLowRank([len(adapter.b)], {0: (adapter.a, adapter.b)}, self.scale)
+                yield Term(name, module, adapter, fused)
+        for product, own in together.items():
+            matrices = {index: (adapter.a, adapter.b) for index, _, adapter in own}
+            _, name, adapter = own[0]
+            yield Term(name, product, adapter, FusedLowRank(product.sizes, matrices, self.scale, product))
 
     def _adding(self, fused: FusedLowRank) -> Callable[[Tensor, Tensor], None]:
         def add_low_rank(x: Tensor, output: Tensor) -> None:
@@ -196,16 +206,15 @@ class GatedLoRA(nn.Module):
 
         return add_low_rank
 
-    def of_block(self, number: int) -> list[tuple[nn.Module, LowRank]]:
-        """The adapted modules of one of the base's blocks, each with its adapter."""
-        names = zip(self._targets, self.adapters.items(), strict=True)
-        return [(module, cast(LowRank, adapter)) for module, (name, adapter) in names if name.startswith(f"{number}/")]
+    def of_block(self, number: int) -> list[Term]:
+        """What acts inside of one of the base's blocks."""
+        return [term for term in self.terms if term.name.startswith(f"{number}/")]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Moved or cast: the hooks hold copies of what the parameters were.
         attached = bool(self._handles)
         self.remove()
-        self._hooks.clear()
+        self._terms.clear()
         super()._apply(fn, recurse)
         if attached:
             self.attach()
