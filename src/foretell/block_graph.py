@@ -69,7 +69,7 @@ class Parts:
     @cached_property
     def low(self) -> list[FusedLowRank]:
         """The low-rank terms. Raises ForetellError for an adapter in training."""
-        fused = [term.fused for term in self.terms if term.fused is not None]
+        fused = [term.fused.in_graph() for term in self.terms if term.fused is not None]
         if len(fused) < len(self.terms):
             raise ForetellError("its adapter is being trained")
         return fused
@@ -96,7 +96,7 @@ class Parts:
         sites: dict[object, object] = {module: name for name, module in self.block.named_modules()}
         sites |= {product: number for number, product in enumerate(self.packed)}
         low = [
-            (sites[term.site], fused.scale, fused.places, fused.joined)
+            (sites[term.site], fused.scale, fused.places, fused.joined, fused.spelled_out)
             for term, fused in zip(self.terms, self.low, strict=True)
         ]
         shapes = [(tuple(t.shape), t.dtype, t.is_mkldnn or t.stride()) for t in self.weights(masks=True)]

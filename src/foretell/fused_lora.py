@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from itertools import accumulate
 
 import torch
@@ -12,6 +13,7 @@ from foretell import packed
 from foretell.packed import PackedProduct
 
 WORTH_PACKING = 2**17  # numbers of A and B in fp32; below, a packed product's call costs more than it saves
+SPELLED_OUT = 2**16  # numbers of a B up to which a compiled graph is faster without a product for it
 DIAGONAL = 2**19  # numbers of packed B's along a diagonal; above, the zeros between them cost more than calls
 
 
@@ -46,7 +48,8 @@ class FusedLowRank:
             (slice(*starts[number : number + 2]), slice(*ends[place : place + 2]))
             for place, number in enumerate(matrices)
         ]
-        self.dtype, self.rank = a.dtype, ends[-1]
+        self.dtype, self.rank, self.spelled_out = a.dtype, ends[-1], False
+        self._separate = self.places, bs
         self.packed = worth_packing(a, a.numel() + sum(b.numel() for b in bs))
         if self.packed and len(sizes) > 1 and starts[-1] * ends[-1] <= DIAGONAL:
             diagonal = a.new_zeros(starts[-1], ends[-1])
@@ -56,6 +59,16 @@ class FusedLowRank:
         self.joined = product is not None and product.join(a, by=self)
         self.a = None if self.joined else packed.reorder(a) if self.packed else a.t()
         self.bs = [packed.reorder(b) if self.packed else b.t() for b in bs]
+
+    def in_graph(self) -> FusedLowRank:
+        """The same for a graph that is compiled: products with small B's are spelled out as sums, which become part of
+        the code around them, while a call of a product takes longer than the sum."""
+        places, bs = self._separate
+        if max(b.numel() for b in bs) > SPELLED_OUT:
+            return self
+        same = copy(self)
+        same.places, same.bs, same.spelled_out = places, [b.t().contiguous() for b in bs], True
+        return same
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -82,7 +95,9 @@ class FusedLowRank:
             narrow = (x[0] @ self.a)[None] if alone else x @ self.a
         for (rows, columns), b in zip(self.places, self.bs, strict=True):
             of_part = narrow[..., columns]
-            if alone:  # here a call costs less than the zeros of a diagonal
+            if self.spelled_out:
+                out[..., rows].add_(sum(of_part[..., i : i + 1] * row for i, row in enumerate(b)), alpha=self.scale)
+            elif alone:  # here a call costs less than the zeros of a diagonal
                 out[0, :, rows].addmm_(of_part[0], b, alpha=self.scale)
             else:
                 out[..., rows].add_(packed.product(of_part, b) if self.packed else of_part @ b, alpha=self.scale)
