@@ -7,6 +7,8 @@ FlexAttention gets block masks.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,6 +55,17 @@ def attention_mask(
         flex = config.get_text_config()._attn_implementation == FLEX
         masks[key] = block_mask(seen) if flex else additive(seen, dtype)[:, None]
     return masks[None] if None in masks else {str(key): mask for key, mask in masks.items()}
+
+
+@contextmanager
+def attending_by(config: PretrainedConfig, implementation: str) -> Iterator[None]:
+    """Within this context the base of that text configuration attends by one of transformers' implementations."""
+    before = config._attn_implementation
+    config._attn_implementation = implementation
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,8 +8,7 @@ every head still sees what it saw.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,6 +16,8 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from foretell.attention import attending_by
 
 NAME = "foretell_grouped"  # among transformers' attention implementations
 
@@ -66,14 +67,8 @@ def can_group(lm: PreTrainedModel) -> bool:
     return grouped and config._attn_implementation == "sdpa" and lm._can_set_attn_implementation()
 
 
-@contextmanager
-def grouped(config: PreTrainedConfig) -> Iterator[None]:
+def grouped(config: PreTrainedConfig) -> AbstractContextManager[None]:
     """Within this context the base of that text configuration attends by `grouped_attention`."""
     AttentionInterface.register(NAME, grouped_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    before = config._attn_implementation
-    config._attn_implementation = NAME
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
+    return attending_by(config, NAME)
