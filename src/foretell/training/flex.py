@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 
-from foretell.attention import FLEX
+from foretell.attention import FLEX, attending_by
 from foretell.base import Base
 from foretell.errors import ForetellError
 
+LEAST_HEAD_SIZE = 16  # of torch's kernels on a GPU
+
 
 def check_attention(base: Base, attention: str) -> None:
-    """Raises ForetellError for flex where it has no backward, or with a base that does not know it."""
+    """Raises ForetellError for flex: where it has no backward, a base that does not know it, or with smaller heads."""
     if attention != "flex":
         return
     if base.device.type != "cuda":
@@ -20,14 +21,15 @@ def check_attention(base: Base, attention: str) -> None:
         )
     if not getattr(base.lm, "_supports_flex_attn", False):
         raise ForetellError(f"{type(base.lm).__name__} does not know flex attention; leave out --attention")
+    config = base.text_config
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if size < LEAST_HEAD_SIZE:
+        raise ForetellError(
+            f"flex attention takes heads of {LEAST_HEAD_SIZE} numbers or more, and those of this base have {size}; "
+            "leave out --attention"
+        )
 
 
-@contextmanager
-def attending(base: Base, attention: str) -> Iterator[None]:
+def attending(base: Base, attention: str) -> AbstractContextManager[None]:
     """Within this context the base attends by sdpa or flex, with masks of `attention_mask` in that form."""
-    config, before = base.text_config, base.text_config._attn_implementation
-    config._attn_implementation = FLEX if attention == "flex" else before
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
+    return attending_by(base.text_config, FLEX) if attention == "flex" else nullcontext()
