@@ -57,9 +57,12 @@ class Costs:
 
 
 def interpolated(table: dict[int, float], at: NDArray[np.int64]) -> NDArray[np.float64]:
-    """A table's values at `at`, never falling with the width: a wider step that seems faster was measured badly."""
+    """A table's values at `at`, never falling with the width.
+
+    Where a wider step seems faster, the narrower one was disturbed while it was timed: nothing makes steps faster.
+    """
     widths = np.array(sorted(table), dtype=float)
-    seconds = np.maximum.accumulate(np.array([table[int(width)] for width in widths]))
+    seconds = np.minimum.accumulate(np.array([table[int(width)] for width in widths])[::-1])[::-1]
     values = np.interp(at, widths, seconds)
     if len(widths) > 1:
         slope = (seconds[-1] - seconds[-2]) / (widths[-1] - widths[-2])
