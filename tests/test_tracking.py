@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ class Notebook(GeneralTracker):
         self.runs.append(self)
 
     def start(self) -> None:
+        if self.settings.get("name") == "asking":
+            raise ValueError("waits for a key" if sys.stdin.isatty() else "No API key configured.")
         if self.settings.get("name") == "refused":
             raise ConnectionError("not logged in\nmore")
 
@@ -99,6 +102,20 @@ def test_what_cannot_be_tracked_is_said_in_a_sentence(
     assert not (tmp_path / "out").exists()
     with pytest.raises(ForetellError, match="tracker must be one of tensorboard, wandb, not 'paper'"):
         TrainConfig(tracker=("tensorboard", "paper"))
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_tracker_has_no_terminal_to_ask_for_a_key(
+    places: Path, tmp_path: Path, notebooks: list[Notebook], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", terminal := Terminal())
+    with pytest.raises(ForetellError, match=r"\(No API key configured\); put it right, set WANDB_MODE=offline, or"):
+        follow(places, tmp_path / "asking", {"tracker": ("wandb",)})
+    assert sys.stdin is terminal and not terminal.closed
 
 
 def test_tensorboard(places: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -42,11 +44,13 @@ def trackers(
             try:
                 tracker = _made(name, output, resumed_from)
                 if hasattr(tracker, "start"):  # not among the trackers of older accelerates, which start when made
-                    tracker.start()
+                    with _nobody_to_ask():
+                        tracker.start()
             except Exception as error:  # each tracker has errors of its own: not logged in, no network, ...
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                offline = ", set WANDB_MODE=offline" if name == "wandb" else ""
                 raise ForetellError(
-                    f"{name} can't be started ({reason}); put it right, or leave out --tracker"
+                    f"{name} can't be started ({reason.rstrip('.')}); put it right{offline}, or leave out --tracker"
                 ) from error
             started.append(tracker)
             if resumed_from is None or name == "wandb":  # TensorBoard would count a second set as another run
@@ -55,6 +59,17 @@ def trackers(
     finally:
         for tracker in started:
             tracker.finish()
+
+
+@contextmanager
+def _nobody_to_ask() -> Iterator[None]:
+    """A stdin that is no terminal: wandb asks for a missing key there, and waits for ever below our progress bar."""
+    before = sys.stdin
+    with open(os.devnull, encoding="utf-8") as sys.stdin:
+        try:
+            yield
+        finally:
+            sys.stdin = before
 
 
 def _made(name: str, output: Path, resumed_from: int | None) -> GeneralTracker:
