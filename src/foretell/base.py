@@ -16,6 +16,7 @@ from foretell import quantised
 from foretell.attention import AttentionMask
 from foretell.errors import ForetellError
 from foretell.grouped_attention import can_group, grouped
+from foretell.mapped import give_back, separate
 from foretell.packed import pack, why_not
 
 
@@ -43,6 +44,7 @@ class Base(nn.Module):
         self.max_columns = self.max_positions if self.text_config.model_type == "gpt_neo" else None
         self._groups = can_group(lm)
         self._fingerprint: str | None = None
+        self._statistics: tuple[Tensor, float] | None = None
         self._load_again: Callable[[], PreTrainedModel] | None = None  # once its linears are packed
         self._unpacked: PreTrainedModel | None = None
 
@@ -61,12 +63,15 @@ class Base(nn.Module):
     def pack(self, load_again: Callable[[], PreTrainedModel]) -> None:
         """Lays the weights of its linears out as oneDNN likes them: several times faster steps on a CPU, forward only.
 
-        The unembedding keeps its weight too. `load_again` gives the model as it is now, should anyone ask (`unpacked`).
+        The unembedding keeps its weight too: in the file that it was loaded from, if it has the file's dtype, else in
+        memory. `load_again` gives the model as it is now, should anyone ask (`unpacked`).
         Raises ForetellError where there is no oneDNN or it gives other products.
         """
         if reason := why_not(self.device, self.dtype):
             raise ForetellError(f"the linears can't be packed: {reason}; leave out packed")
+        separate(self.lm.parameters())  # so that each weight's pages go once it is packed
         self.keep_fingerprint()  # which reads the weights
+        self._statistics = self.embedding_statistics()
         probe = torch.arange(4, device=self.device)[None] % self.vocab_size
         before = self.unembed(self.latents(self.embed(probe))).float()
         pack(self.lm, lambda: self.latents(self.embed(probe)), kept=self.head)
@@ -77,6 +82,8 @@ class Base(nn.Module):
             raise ForetellError(
                 f"packed linears changed the logits by {float(error):.1e} of their range; load it with packed=False"
             )
+        separate([*self.lm.parameters(), self.head.weight])  # of what is left, only rows are read
+        give_back()
 
     def unpacked(self) -> PreTrainedModel:
         """The model as transformers loads it, to compare with: itself, or, if its linears are packed, loaded again."""
@@ -147,7 +154,12 @@ class Base(nn.Module):
 
     @torch.no_grad()
     def embedding_statistics(self, sample: int = 4096) -> tuple[Tensor, float]:
-        """Mean (E,) and standard deviation of the embedding's outputs, over at most `sample` tokens, fp32."""
+        """Mean (E,) and standard deviation of the embedding's outputs, over at most `sample` tokens, fp32.
+
+        Kept once the linears are packed: so many rows would bring the whole embedding in from its file.
+        """
+        if self._statistics is not None:
+            return self._statistics
         step = max(1, self.vocab_size // sample)
         outputs = self.embed(torch.arange(0, self.embedding.weight.shape[0], step, device=self.device)).float()
         return outputs.mean(0), float(outputs.std())
