@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -147,9 +148,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="[benchmarks/results/step_cost_SHAPE_DEVICE.json]")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    model = random_model(
-        args.shape, dtype=args.dtype, device=args.device, masks=args.masks, rank=args.rank, packed=args.packed
-    )
+    with TemporaryDirectory(ignore_cleanup_errors=True) as directory:  # loaded from a file, as users' bases are
+        model = random_model(
+            args.shape,
+            dtype=args.dtype,
+            device=args.device,
+            masks=args.masks,
+            rank=args.rank,
+            packed=args.packed,
+            directory=Path(directory) if args.profile else None,
+        )
     batch = "" if args.batch == 1 else f"_batch{args.batch}"
     path = args.output or RESULTS / f"step_cost_{args.shape}_{model.base.device.type}{batch}.json"
     result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

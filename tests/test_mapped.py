@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from foretell import mapped
 from foretell.base import Base, load_base
-from foretell.mapped import MAPS, region_of, regions, separate
+from foretell.mapped import MAPS, region_of, regions, resident, separate
 from foretell.packed import PackedLinear, why_not
 
 from .models import GQA
@@ -42,17 +42,6 @@ def file_of(weight: Tensor) -> str | None:
     return region and region.path
 
 
-def resident(directory: Path) -> int:
-    """Bytes of the file's pages that count as this process's."""
-    total, ours = 0, False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if "-" in line.split()[0]:
-            ours = line.endswith(str(directory / "model.safetensors"))
-        elif ours and line.startswith("Rss:"):
-            total += int(line.split()[1]) * 1024
-    return total
-
-
 @torch.inference_mode()
 def outputs(base: Base) -> tuple[Tensor, Tensor]:
     embeddings = base.embed(IDS)
@@ -70,12 +59,14 @@ def test_what_is_left_of_a_packed_base_is_mapped_from_its_file(directory: Path) 
 
 def test_only_rows_that_are_read_come_into_memory(directory: Path) -> None:
     base = packed(directory)
+    weights = [base.embedding.weight]
     size = base.embedding.weight.nbytes
     base.embedding_statistics()
     outputs(base)
-    assert resident(directory) < size / 4  # in and about three places
+    assert resident(weights)[0] == size and resident(weights)[1] < size / 4  # in and about three places
     base.embedding.weight.sum()
-    assert resident(directory) >= size
+    assert resident(weights)[1] >= size
+    assert resident([torch.ones(4)]) == (0, 0)
 
 
 def test_outputs_and_everything_saved_are_as_before(directory: Path, tmp_path: Path) -> None:

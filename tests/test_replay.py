@@ -13,7 +13,7 @@ from foretell.decoding.generate import MTPForCausalLM
 from foretell.decoding.pick import Picker
 from foretell.errors import ForetellError
 from foretell.evaluation.optimum import fixed_rate
-from foretell.evaluation.overhead import memory, overhead
+from foretell.evaluation.overhead import held_bytes, memory, overhead
 from foretell.evaluation.replay import ReplayDrafter, fates, true_drafts
 from foretell.evaluation.report import Spread
 from foretell.evaluation.shapes import random_model
@@ -212,9 +212,9 @@ def test_overhead_of_the_real_loop(model: MTPForCausalLM) -> None:
 
 def test_memory_counts_weights_and_cache(model: MTPForCausalLM) -> None:
     bench = StepBench(model, 20)
-    found = memory(model, 20 + 4**2, [1000])
+    found = memory(model, 20 + 4**2, [1000], held_bytes(model.base))
     assert found is not None
     assert found.cache == sum(layer.keys.nbytes + layer.values.nbytes for layer in bench.cache.layers)
     assert found.base == 4 * sum(p.numel() for p in model.base.lm.parameters())
     assert found.working == 1000
-    assert memory(model, 36, []) is None
+    assert memory(model, 36, [], 0) is None

@@ -9,17 +9,18 @@ system may drop and read again.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 from bisect import bisect_right
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-MAPS = Path("/proc/self/maps")
+MAPS, SMAPS = Path("/proc/self/maps"), Path("/proc/self/smaps")
 WORTH_MAPPING = 2**20  # bytes; less is copied: a mapping has whole pages, and the system maps 16 of them at once
 
 
@@ -86,8 +87,30 @@ def map_anew(weight: Tensor, region: Region) -> Tensor | None:
 
 
 def _bytes(file: BinaryIO, offset: int, size: int) -> Tensor:
+    start = offset - offset % mmap.ALLOCATIONGRANULARITY
     # Copied on write: nothing that is done to a weight reaches the file.
-    return torch.from_numpy(np.memmap(file, np.uint8, "c", offset, (size,)))
+    pages = mmap.mmap(file.fileno(), offset - start + size, access=mmap.ACCESS_COPY, offset=start)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with suppress(OSError):  # a kernel without huge pages
+            pages.madvise(mmap.MADV_NOHUGEPAGE)  # else a row may bring 2 MB in
+    return torch.frombuffer(pages, dtype=torch.uint8, count=size, offset=offset - start)
+
+
+def resident(weights: Iterable[Tensor]) -> tuple[int, int]:
+    """Bytes of weights that are mapped from files, and how many of their regions are in memory now."""
+    known = regions()
+    found = [
+        (weight.nbytes, region_of(weight, known)) for weight in {id(weight): weight for weight in weights}.values()
+    ]
+    mapped = {region.start for _, region in found if region is not None}
+    there, ours = 0, False
+    for line in os.fsdecode(SMAPS.read_bytes()).splitlines() if mapped else []:
+        head = line.split(maxsplit=2)
+        if not head[0].endswith(":"):
+            ours = int(head[0].split("-")[0], 16) in mapped
+        elif ours and head[0] == "Rss:":
+            there += int(head[1]) * 1024
+    return sum(size for size, region in found if region is not None), there
 
 
 def give_back() -> None:

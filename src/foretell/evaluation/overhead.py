@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foretell import mapped
+from foretell.base import Base
 from foretell.config import DecodeConfig
 from foretell.decoding import loop
 from foretell.decoding.draft import Drafter, GoOn, SamplerDrafter
@@ -155,6 +157,7 @@ def overhead(
     )
     prompt = torch.randint(0, model.base.vocab_size, (context,), generator=torch.Generator().manual_seed(0))
     prompt = prompt.to(model.base.device)
+    held = held_bytes(model.base)
     with measured_peak(model.base.device) as peak:
         for _ in loop.steps(model, [prompt], config, Picker(config)):
             pass
@@ -180,7 +183,7 @@ def overhead(
         rest_ms=milliseconds(rest),
         outside_share=statistics.median(1 - own / total for own, total in zip(inside, totals, strict=True)),
         outside_share_strict=statistics.median(1 - own / total for own, total in zip(base, totals, strict=True)),
-        memory=memory(model, context + new + (masks + 1) ** 2, peak),
+        memory=memory(model, context + new + (masks + 1) ** 2, peak, held),
     )
 
 
@@ -217,8 +220,16 @@ def adapter_seconds(model: MTPModel, masks: int, context: int, rounds: int) -> f
     return statistics.median(o - c for o, c in zip(found["open"], found["closed"], strict=True))
 
 
-def memory(model: MTPModel, columns: int, peak: list[int]) -> Memory | None:
-    """For a cache of that many columns; None if no peak was measured."""
+def held_bytes(base: Base) -> int:
+    """What its weights take in memory now; of a mapped one, as an unembedding's second copy, the pages that were read."""
+    packed = sum(m.in_features * m.out_features for m in base.modules() if isinstance(m, PackedLinear))
+    weights = {id(weight): weight for weight in (*base.parameters(), base.head.weight)}.values()
+    size, there = mapped.resident(weights)
+    return sum(weight.nbytes for weight in weights) - size + there + packed * base.dtype.itemsize
+
+
+def memory(model: MTPModel, columns: int, peak: list[int], held: int) -> Memory | None:
+    """For a cache of that many columns and weights that held so many bytes before; None if no peak was measured."""
     if not peak:
         return None
     config = model.base.text_config
@@ -226,13 +237,11 @@ def memory(model: MTPModel, columns: int, peak: list[int]) -> Memory | None:
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     size = model.base.dtype.itemsize
     base = model.base.parameter_count * size
-    packed = sum(m.in_features * m.out_features for m in model.base.modules() if isinstance(m, PackedLinear)) * size
-    held = sum(p.numel() * p.element_size() for p in model.base.parameters()) + packed
     return Memory(
         base=base,
         adapter=sum(p.numel() * p.element_size() for p in model.own_parameters().values()),
         cache=2 * config.num_hidden_layers * heads * width * columns * size,
-        working=peak[0] + max(0, held - base),  # packed, an unembedding is there twice
+        working=peak[0] + max(0, held - base),
     )
 
 
@@ -249,6 +258,7 @@ def measured_peak(device: torch.device) -> Iterator[list[int]]:
         yield peak
         peak.append(torch.cuda.max_memory_allocated(device) - before)
         return
+    mapped.give_back()  # what an earlier run freed would hide what this one takes
     try:
         CLEAR.write_text("5", encoding="ascii")  # the peak starts anew from what is resident now
         before = resident("VmRSS")

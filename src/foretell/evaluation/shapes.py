@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
-from foretell.base import Base, resolve_device
+from foretell.base import Base, load_base, resolve_device
 from foretell.config import MTPConfig
 from foretell.decoding.generate import MTPForCausalLM, resolve_dtype
 from foretell.errors import ForetellError
@@ -68,14 +69,21 @@ def random_model(
     rank: int = 128,
     packed: bool | None = None,
     seed: int = 0,
+    directory: Path | None = None,
 ) -> MTPForCausalLM:
     """A Llama of the named shape with an untrained adapter, ready to decode, without a download. It has no stop ids.
 
     The adapter's matrices are random and none is zero, so that its work is real. `packed` as in `foretell.load`.
+    With `directory` the base is saved there and loaded from there, as users' bases are.
     Raises ForetellError for an unknown shape, dtype or device.
     """
     make = partial(random_llama, shape, resolve_dtype(dtype), resolve_device(device), seed)
-    base = Base(make())
+    if directory is None:
+        base = Base(make())
+    else:
+        make().save_pretrained(directory)
+        base = load_base(str(directory), dtype=resolve_dtype(dtype), device=resolve_device(device))
+        base.lm.config._name_or_path = f"random-{shape}"
     if packed or (packed is None and why_not(base.device, base.dtype) is None):
         base.pack(make)
     torch.manual_seed(seed)
