@@ -69,7 +69,6 @@ class Base(nn.Module):
         """
         if reason := why_not(self.device, self.dtype):
             raise ForetellError(f"the linears can't be packed: {reason}; leave out packed")
-        separate(self.lm.parameters())  # so that each weight's pages go once it is packed
         self.keep_fingerprint()  # which reads the weights
         self._statistics = self.embedding_statistics()
         probe = torch.arange(4, device=self.device)[None] % self.vocab_size

@@ -221,7 +221,7 @@ def adapter_seconds(model: MTPModel, masks: int, context: int, rounds: int) -> f
 
 
 def held_bytes(base: Base) -> int:
-    """What its weights take in memory now; of a mapped one, as an unembedding's second copy, the pages that were read."""
+    """What its weights take in memory now; of those that are mapped, the pages that were read."""
     packed = sum(m.in_features * m.out_features for m in base.modules() if isinstance(m, PackedLinear))
     weights = {id(weight): weight for weight in (*base.parameters(), base.head.weight)}.values()
     size, there = mapped.resident(weights)
