@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.skipif(not MAPS.exists(), reason="a system that does not tell what is mapped"),
     pytest.mark.skipif(why_not(torch.device("cpu"), torch.float32) is not None, reason="PyTorch without oneDNN"),
 ]
-VOCABULARY = 2**15  # an embedding of 4 MB
+VOCABULARY = 2**17  # an embedding of 16 MB
 IDS = torch.tensor([[5, 6, 30_000, 7]])
 
 
@@ -63,7 +63,7 @@ def test_only_rows_that_are_read_come_into_memory(directory: Path) -> None:
     size = base.embedding.weight.nbytes
     base.embedding_statistics()
     outputs(base)
-    assert resident(weights)[0] == size and resident(weights)[1] < size / 4  # in and about three places
+    assert resident(weights)[0] == size and resident(weights)[1] < size / 2  # in and about two places
     base.embedding.weight.sum()
     assert resident(weights)[1] >= size
     assert resident([torch.ones(4)]) == (0, 0)
@@ -79,7 +79,9 @@ def test_outputs_and_everything_saved_are_as_before(directory: Path, tmp_path: P
         torch.testing.assert_close(found, expected)
     assert torch.equal(outputs(base)[0], outputs(plain)[0])
     own, kept = plain.lm.state_dict(), base.lm.state_dict()
-    assert "model.embed_tokens.weight" in kept and all(torch.equal(kept[name], own[name]) for name in kept)
+    assert "model.embed_tokens.weight" in kept
+    assert torch.equal(kept.pop("lm_head.kept"), own["lm_head.weight"])
+    assert all(torch.equal(kept[name], own[name]) for name in kept)
     assert not base.embedding.weight.requires_grad and not base.embedding.weight.is_inference()
     base.unpacked().save_pretrained(tmp_path / "again")
     first, again = (load_file(folder / "model.safetensors") for folder in (directory, tmp_path / "again"))
