@@ -208,7 +208,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         resolved = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=resolved)
     except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ForetellError(f"there is no device {str(device)!r} ({reason}); give cpu, cuda or cuda:N") from error
     return resolved
 

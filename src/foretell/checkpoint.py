@@ -157,7 +157,7 @@ def local_directory(source: str | Path, **download: Any) -> Path:
     try:
         return Path(snapshot_download(str(source), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE], **download))
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ForetellError(f"there is no model at {source}, here or on the Hub ({reason})") from error
 
 
@@ -255,7 +255,7 @@ def push_to_hub(model: MTPModel, repository: str, *, private: bool = False) -> s
             url = api.create_repo(repository, private=private, exist_ok=True)
             api.upload_folder(repo_id=repository, folder_path=folder)
         except Exception as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ForetellError(
                 f"{repository} could not be uploaded ({reason}); log in with `hf auth login` and try again"
             ) from error

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from foretell.errors import ForetellError
 from foretell.fused_lora import FusedLowRank
+from foretell.mapped import give_back
 from foretell.packed import PackedLinear, PackedProduct
 
 PATIENCE = 3  # forwards without masks before the hooks are taken off: putting them on and off costs as much as that
@@ -180,6 +181,7 @@ class GatedLoRA(nn.Module):
         """One for each module to adapt, or packed product of such modules; their copies are made once."""
         if not self._terms:
             self._terms = list(self._make_terms())
+            give_back()  # what the products were without the rows joined to them
         return self._terms
 
     def _make_terms(self) -> Iterator[Term]:

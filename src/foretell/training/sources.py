@@ -201,7 +201,7 @@ def _parquet(path: Path, file: BinaryIO) -> Iterator[Located]:
                 number += 1
                 yield Place(str(path), number, "row"), _parsed(row)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         yield (
             Place(str(path), number + 1, "row"),
             BadRecord(f"the file is damaged from here on ({reason}); fetch it again"),
