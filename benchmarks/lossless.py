@@ -1,12 +1,13 @@
 """Is the output the base's own? Every architecture, strategy, batch and kind of drafts against `generate()`, in fp32.
 
-Tiny random models on a CPU, those of the tests: nothing is downloaded. Writes benchmarks/results/lossless.json and ends
-with exit code 1 if a single token differs.
+Tiny random models on a CPU, those of the tests: nothing is downloaded. Writes benchmarks/results/lossless.json, with
+`--compiled` lossless_compiled.json, after every architecture, and ends with exit code 1 if a single token differs.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
 import sys
@@ -25,21 +26,25 @@ from rich.table import Table
 from torch import Tensor
 
 import foretell
+from foretell.base import Base
+from foretell.compiled import Form
 from foretell.config import STRATEGIES
+from foretell.decoding.compiling import compile_steps
 from foretell.decoding.generate import MTPForCausalLM
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the architectures are those of the tests
 
-from tests.decoded import decode  # noqa: E402
+from tests.decoded import count_compiled, decode  # noqa: E402
 from tests.fitted import fitted  # noqa: E402
 from tests.models import CONFIGS, random_prompt, reference, tiny_model  # noqa: E402
 
-RESULT = ROOT / "benchmarks" / "results" / "lossless.json"
+RESULTS = ROOT / "benchmarks" / "results"
 LENGTHS = (1, 7, 24, 40)  # of prompts; windows are of 16
 # Drafts of a random adapter (nearly all are rejected), of one that knows the text by heart, and replayed ones, of which
 # a known share holds.
 DRAFTS = ("random", "fitted", "replayed")
+FORMS = {Form(False, False): "one row", Form(True, False): "several rows", Form(True, True): "with masks"}
 
 
 @dataclass
@@ -66,6 +71,27 @@ class Row:
     batch: str  # single or ragged
     strategies: dict[str, Count] = field(default_factory=dict)
     distinct_tokens: int = 0  # in the expected texts: the same token over and over would prove little
+    eager: str | None = None  # why its steps were not compiled
+    graphs: int = 0  # compiled for its blocks
+    blocks_run: dict[str, int] = field(default_factory=dict)  # compiled, by the form of their step
+    date: str = ""
+
+
+def kept(path: Path, names: Sequence[str], new: int) -> tuple[list[Row], float]:
+    """Rows of other architectures in an earlier result, and its seconds; nothing if all are named.
+
+    Raises ValueError if that result is of another number of tokens.
+    """
+    if set(names) == set(CONFIGS) or not path.exists():
+        return [], 0.0
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    if earlier["max_new_tokens"] != new:
+        made = earlier["max_new_tokens"]
+        raise ValueError(f"{path} is of --max-new-tokens {made}: give the same, or another --output")
+    rows = [row for row in earlier["rows"] if row["architecture"] not in names]
+    for row in rows:
+        row["strategies"] = {strategy: Count(**count) for strategy, count in row["strategies"].items()}
+    return [Row(**row) for row in rows], earlier["seconds"]
 
 
 def model_and_prompts(architecture: str, drafts: str) -> tuple[MTPForCausalLM, list[Tensor]]:
@@ -76,19 +102,36 @@ def model_and_prompts(architecture: str, drafts: str) -> tuple[MTPForCausalLM, l
     return model, [known, known[:, 5:17], *(random_prompt(length, seed=length) for length in LENGTHS[1:3])]
 
 
-def compare(architecture: str, drafts: str, new: int) -> list[Row]:
+def compiled(model: MTPForCausalLM) -> tuple[MTPForCausalLM, str | None]:
+    """The same model, its base packed and its steps compiled, and the reason if they stay eager."""
+    base = Base(copy.deepcopy(model.base.lm))
+    base.pack(lambda: model.base.lm)
+    other = MTPForCausalLM(base, model.config)
+    for own, given in zip(other.own_parameters().values(), model.own_parameters().values(), strict=True):
+        own.data.copy_(given)
+    other.for_inference()
+    return other, compile_steps(other)
+
+
+def compare(architecture: str, drafts: str, new: int, compiling: bool) -> list[Row]:
     """A row for the prompts one by one, and one for all of them as a ragged batch."""
     model, prompts = model_and_prompts(architecture, drafts)
     expected = [reference(model.base.lm, prompt, new) for prompt in prompts]
     distinct = len(set().union(*expected))
+    model, eager = compiled(model) if compiling else (model, None)
+    blocks = model.compiled.blocks if model.compiled else []
+    graphs = len({id(graph) for block in blocks for graph in block.graphs.values()})
+    ran = count_compiled(model)
     rows = []
     for batch, groups in (("single", [[i] for i in range(len(prompts))]), ("ragged", [list(range(len(prompts)))])):
-        row = Row(architecture, drafts, batch, {strategy: Count() for strategy in STRATEGIES}, distinct)
+        row = Row(architecture, drafts, batch, {strategy: Count() for strategy in STRATEGIES}, distinct, eager, graphs)
+        row.date = datetime.now(UTC).isoformat(timespec="seconds")
         for strategy, group in ((strategy, group) for strategy in STRATEGIES for group in groups):
             wanted = [expected[i] for i in group]
             replayed = wanted if drafts == "replayed" else None
             out = decode(model, [prompts[i] for i in group], strategy, new, replayed)
             row.strategies[strategy].add(wanted, out.texts, out.steps)
+        row.blocks_run = {name: ran.pop(form) for form, name in FORMS.items() if form in ran}
         rows.append(row)
     return rows
 
@@ -103,8 +146,9 @@ def table(rows: Sequence[Row]) -> Table:
         caption=f"tokens per step with drafts: {' / '.join(kinds)}",
         caption_justify="left",
     )
+    compiling = any(row.eager or row.graphs for row in rows)
     shown.add_column("architecture")
-    for title in ("tokens", "different", *drafting):
+    for title in (*(["graphs"] if compiling else []), "tokens", "different", *drafting):
         shown.add_column(title, justify="right", no_wrap=True)
     for architecture in dict.fromkeys(row.architecture for row in rows):
         own = [row for row in rows if row.architecture == architecture]
@@ -116,6 +160,7 @@ def table(rows: Sequence[Row]) -> Table:
             rates.append(" / ".join(f"{sum(c.tokens for c in cs) / sum(c.steps for c in cs):.1f}" for cs in of_kinds))
         shown.add_row(
             architecture,
+            *([str(own[0].graphs or "eager")] if compiling else []),
             str(sum(count.tokens for count in counts)),
             str(different),
             *rates,
@@ -125,12 +170,14 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 def result(rows: Sequence[Row], new: int, seconds: float) -> dict[str, Any]:
+    """What is written: what was compared, with what, and the rows."""
     counts = [count for row in rows for count in row.strategies.values()]
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "tokens": sum(count.tokens for count in counts),
         "different": sum(count.different for count in counts),
         "architectures": len({row.architecture for row in rows}),
+        "compiled": len({row.architecture for row in rows if row.graphs}),
         "strategies": list(STRATEGIES),
         "max_new_tokens": new,
         "seconds": round(seconds),
@@ -147,21 +194,38 @@ def result(rows: Sequence[Row], new: int, seconds: float) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--max-new-tokens", type=int, default=80)
-    parser.add_argument("--architectures", nargs="+", choices=CONFIGS, default=list(CONFIGS), metavar="NAME")
-    parser.add_argument("--drafts", nargs="+", choices=DRAFTS, default=list(DRAFTS), metavar="KIND")
-    parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument(
+        "--architectures",
+        nargs="+",
+        choices=CONFIGS,
+        default=list(CONFIGS),
+        metavar="NAME",
+        help="only these; rows of others stay in the result",
+    )
+    parser.add_argument("--drafts", nargs="+", choices=DRAFTS, metavar="KIND", help="all; with --compiled: replayed")
+    parser.add_argument("--compiled", action="store_true", help="with packed bases, and compiled steps where possible")
+    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    start, rows = time.perf_counter(), []
-    pairs = [(architecture, drafts) for architecture in options.architectures for drafts in options.drafts]
+    path = options.output or RESULTS / ("lossless_compiled.json" if options.compiled else "lossless.json")
+    start, new = time.perf_counter(), options.max_new_tokens
+    try:
+        rows, seconds = kept(path, options.architectures, new)
+    except ValueError as error:
+        parser.error(str(error))
+    kinds = options.drafts or (("replayed",) if options.compiled else DRAFTS)
+    pairs = [(architecture, drafts) for architecture in options.architectures for drafts in kinds]
     for architecture, drafts in track(pairs, "comparing", console=Console(stderr=True), transient=True):
-        rows += compare(architecture, drafts, options.max_new_tokens)
-    values = result(rows, options.max_new_tokens, time.perf_counter() - start)
-    options.output.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        rows += compare(architecture, drafts, new, options.compiled)
+        rows.sort(key=lambda row: list(CONFIGS).index(row.architecture))
+        values = result(rows, new, seconds + time.perf_counter() - start)
+        path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     console = Console()
     if not console.is_terminal:
         console.width = 110
     console.print(table(rows))
-    console.print(f"{values['tokens']} tokens compared, {values['different']} different; {options.output}")
+    for architecture, reason in {row.architecture: row.eager for row in rows if row.eager}.items():
+        console.print(f"{architecture}: {reason}")
+    console.print(f"{values['tokens']} tokens compared, {values['different']} different; {path}")
     sys.exit(1 if values["different"] else 0)
 
 

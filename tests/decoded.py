@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
+from foretell.compiled import Form
 from foretell.config import DecodeConfig
 from foretell.decoding import loop
 from foretell.decoding.calibration import Experience
@@ -63,3 +66,19 @@ def decode(
             out.accepted += step.accepted
             out.rejected += step.layout.regular - 1 - step.accepted
     return out
+
+
+def count_compiled(model: MTPForCausalLM) -> Counter[Form]:
+    """Counts the blocks that run compiled from here on, by the form of their step."""
+    ran: Counter[Form] = Counter()
+
+    def counted(form: Form, graph: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*tensors: Tensor) -> Any:
+            ran[form] += 1
+            return graph(*tensors)
+
+        return call
+
+    for block in model.compiled.blocks if model.compiled else []:
+        block.graphs = {form: counted(form, graph) for form, graph in block.graphs.items()}
+    return ran

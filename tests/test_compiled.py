@@ -26,7 +26,7 @@ from foretell.decoding.generate import MTPForCausalLM
 from foretell.layout import linear
 from foretell.packed import why_not
 
-from .decoded import decode
+from .decoded import count_compiled, decode
 from .models import random_prompt, reference, tiny_lm, tiny_model
 
 
@@ -47,18 +47,7 @@ def compiled_or_skip(model: MTPForCausalLM) -> Counter[Form]:
     if reason and "no C++ compiler" in reason:
         pytest.skip("no C++ compiler")
     assert reason is None and model.compiled is not None
-    ran: Counter[Form] = Counter()
-
-    def counted(form: Form, graph: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*tensors: Tensor) -> Any:
-            ran[form] += 1
-            return graph(*tensors)
-
-        return call
-
-    for block in model.compiled.blocks:
-        block.graphs = {form: counted(form, graph) for form, graph in block.graphs.items()}
-    return ran
+    return count_compiled(model)
 
 
 @pytest.fixture(scope="module")
