@@ -86,7 +86,7 @@ REFUSED = {
     ),
     "xlnet": (
         hf.XLNetConfig(vocab_size=VOCAB, d_model=32, n_layer=2, n_head=4, d_inner=64),
-        "takes no position_ids and no past_key_values",
+        "takes no position_ids and no cache",
     ),
     "roberta": (hf.RobertaConfig(**{**GQA, "is_decoder": True}), "fails on a step with masks"),
 }

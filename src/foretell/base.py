@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,6 +20,8 @@ from foretell.grouped_attention import can_group, grouped
 from foretell.mapped import give_back, separate
 from foretell.packed import pack, why_not
 
+CACHE_ARGUMENTS = ("cache", "past_key_values")  # what a decoder calls it since transformers 5.24, and before
+
 
 class Base(nn.Module):
     """A frozen causal language model seen through four doors: embed, latents, unembed, blocks."""
@@ -34,6 +37,8 @@ class Base(nn.Module):
             )
         # Llama 4's text model looks for its decoder under a name that only its multimodal one has, and finds itself.
         self.decoder = lm.base_model if lm.base_model is not lm else getattr(lm, "model", lm)
+        self.takes = inspect.signature(self.decoder.forward).parameters
+        self.cache_argument = next((name for name in CACHE_ARGUMENTS if name in self.takes), None)
         self.text_config = lm.config.get_text_config()
         self.vocab_size = int(self.head.weight.shape[0])
         self.d_model = int(self.head.weight.shape[1])
@@ -118,13 +123,14 @@ class Base(nn.Module):
         """(B, Q, E) -> z (B, Q, D), after the final norm. Without a mask: causal over what is cached."""
         step = mask is not None or embeddings.shape[1] == 1
         group = self._groups and step and self.text_config._attn_implementation == "sdpa"
+        cached = {} if cache is None else {self.cache_argument: cache}
         with grouped(self.text_config) if group else nullcontext():
             out = self.decoder(
                 inputs_embeds=embeddings,
                 position_ids=positions,
                 attention_mask=mask,
-                past_key_values=cache,
                 use_cache=cache is not None,
+                **cached,
             )
         return out.last_hidden_state
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-
 import torch
 
 from foretell.attention import CHUNKED, FULL, SLIDING, attention_mask, window_kinds
@@ -11,7 +9,7 @@ from foretell.base import Base
 from foretell.errors import ForetellError
 from foretell.layout import quadratic
 
-NEEDED = ("inputs_embeds", "position_ids", "past_key_values", "attention_mask")
+NEEDED = ("inputs_embeds", "position_ids", "attention_mask")
 
 
 def check_supported(base: Base) -> None:
@@ -45,8 +43,9 @@ def refusal(base: Base) -> str | None:
         kind = parameters_of_rope.get("rope_type", "default")
         if kind in ("dynamic", "longrope"):
             return f"its rotary frequencies ({kind}) depend on the longest position in the batch"
-    parameters = inspect.signature(base.decoder.forward).parameters
-    missing = [name for name in NEEDED if name not in parameters]
+    missing = [name for name in NEEDED if name not in base.takes]
+    if base.cache_argument is None:
+        missing.append("cache")
     if missing:
         return f"its forward takes no {' and no '.join(missing)}, so masks can't be placed"
     return None
