@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
 
 import pytest
 
 # Measured costs of steps go where no other run finds them; emptied with the temporary directory.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="foretell-tests-")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is first imported
+
+
+@pytest.fixture(scope="session", autouse=True)
+def packed_weights_in_blocks() -> Iterator[None]:
+    """Whether oneDNN's blocks are faster is timed; no test may hang on that. A test that wants weights as stored
+    says so."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("foretell.packed.pays", lambda d_out, d_in, dtype: True)
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -99,6 +99,8 @@ def test_a_step_for_which_the_cache_must_grow_runs_eager_and_the_next_compiled(
 # attention; blocks that give attention weights too, learned positions, a number for what is not seen.
 @pytest.mark.parametrize(("name", "dtype"), [("phi3", "bfloat16"), ("gemma2", "float32"), ("gpt_neo", "float32")])
 def test_architectures(name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "gemma2":  # and weights as stored, as on a machine that multiplies them faster
+        monkeypatch.setattr("foretell.packed.pays", lambda d_out, d_in, dtype: False)
     compile_traced, compiled_forms = Traced.compiled, []
     monkeypatch.setattr(Traced, "compiled", lambda own: (compiled_forms.append(own), compile_traced(own))[1])
     model = packed_model(name, getattr(torch, dtype))

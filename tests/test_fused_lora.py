@@ -27,12 +27,14 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("diagonal", [0, 10**9])
+@pytest.mark.parametrize("pays", [False, True])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_terms_are_those_of_the_adapters(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, diagonal: int, batch: int
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, diagonal: int, pays: bool, batch: int
 ) -> None:
     """Of three linears of one product the first and the last are adapted."""
     monkeypatch.setattr(fused_lora, "DIAGONAL", diagonal)
+    monkeypatch.setattr(packed_module, "pays", lambda d_out, d_in, dtype: pays)
     torch.manual_seed(0)
     sizes, adapters = [24, 8, 40], {2: LowRank(16, 40, 3, 0.5), 0: LowRank(16, 24, 5, 0.5)}
     for adapter in adapters.values():
@@ -44,7 +46,7 @@ def test_terms_are_those_of_the_adapters(
         expected = out[:, 2:] + torch.cat([adapters[0](x), none, adapters[2](x)], dim=-1)
         before = out[:, :2].clone()
         fused = FusedLowRank(sizes, {number: (a.a, a.b) for number, a in adapters.items()}, 0.5)
-        assert len(fused.bs) == (1 if diagonal and dtype == torch.bfloat16 else 2)
+        assert len(fused.bs) == (1 if diagonal and pays else 2)
         fused.add_to(out[:, 2:], x)
     assert torch.equal(out[:, :2], before)
     torch.testing.assert_close(out[:, 2:], expected, atol=0.1 if dtype == torch.bfloat16 else 1e-5, rtol=0.02)
@@ -53,7 +55,11 @@ def test_terms_are_those_of_the_adapters(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("count", [1, 3])
-def test_small_matrices_are_joined_to_the_product(dtype: torch.dtype, bias: bool, count: int) -> None:
+@pytest.mark.parametrize("pays", [False, True])
+def test_small_matrices_are_joined_to_the_product(
+    dtype: torch.dtype, bias: bool, count: int, pays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed_module, "pays", lambda d_out, d_in, dtype: pays)
     torch.manual_seed(0)
     linears = [nn.Linear(16, size, bias=bias).to(dtype) for size in (24, 8, 40)[:count]]
     adapters = {number: LowRank(16, len(linears[number].weight), 3, 0.5) for number in {0, count - 1}}

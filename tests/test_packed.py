@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import foretell
+from foretell import packed as packed_module
 from foretell.base import Base
 from foretell.config import STRATEGIES, MTPConfig
 from foretell.decoding.generate import MTPForCausalLM
@@ -36,16 +37,61 @@ def packed_model(name: str) -> MTPForCausalLM:
     return model
 
 
+@pytest.fixture
+def as_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which oneDNN's blocks are the slower ones."""
+    monkeypatch.setattr(packed_module, "pays", lambda d_out, d_in, dtype: False)
+
+
+def blocked(model: nn.Module) -> set[bool]:
+    return {module.product.blocked for module in model.modules() if isinstance(module, PackedLinear)}
+
+
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_every_architecture_writes_what_it_wrote_before(name: str) -> None:
     model = packed_model(name)
+    assert blocked(model) == {True}
     kinds = [type(module) for module in model.base.lm.modules()]
     assert PackedLinear in kinds and nn.Linear not in kinds
+    check_texts(model, name)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "phi"])  # also Conv1D, a tied unembedding, biases
+def test_weights_as_stored_write_the_same(name: str, as_stored: None) -> None:
+    model = packed_model(name)
+    assert blocked(model) == {False}
+    assert not any(term.fused.packed for term in model.adapter.terms if term.fused)
+    check_texts(model, name)
+
+
+def check_texts(model: MTPForCausalLM, name: str) -> None:
     prompts = [random_prompt(length, seed=length) for length in (3, 33)]
     expected = [reference(tiny_lm(name), prompt, 40) for prompt in prompts]
     for strategy in STRATEGIES:
         out = decode(model, prompts, strategy, 40, replayed=expected)
         assert out.texts == expected, strategy
+
+
+def test_which_way_is_faster_is_timed_once_for_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow, calls = {"product": 0.0, "linear": 0.0}, []
+    clock = [0.0]
+
+    def takes(way: str) -> None:
+        calls.append(way)
+        clock[0] += slow[way]
+
+    monkeypatch.setattr(packed_module.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(packed_module, "product", lambda x, weight: takes("product"))
+    monkeypatch.setattr(packed_module.F, "linear", lambda x, weight: takes("linear"))
+    for slower, d_out in (("linear", 24), ("product", 40)):
+        slow.update(product=1.0, linear=1.0)
+        slow[slower] = 2.0
+        found = packed_module._pays(d_out, 16, torch.float32, 1)
+        count = len(calls)
+        assert found == (slower == "linear") and calls.count("linear") == calls.count("product")
+        assert packed_module._pays(d_out, 16, torch.float32, 1) == found and len(calls) == count
+        assert packed_module._pays(d_out, 16, torch.float32, 2) == found and len(calls) == 2 * count
+        calls.clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -119,10 +165,15 @@ def test_wrong_products_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         Base(tiny_lm("llama")).pack(lambda: tiny_lm("llama"))
 
 
-@pytest.mark.parametrize("rank", [16, 80])
+@pytest.mark.parametrize("pays", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_adapter_agrees_with_the_plain_one(rank: int, dtype: torch.dtype) -> None:
-    """Where they pay the matrices are packed, of one sequence and of several."""
+def test_packed_adapter_agrees_with_the_plain_one(
+    pays: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where that pays the matrices are packed, of one sequence and of several."""
+    # Either matrix may be the one for which it does not.
+    monkeypatch.setattr(packed_module, "pays", lambda d_out, d_in, dtype: pays or d_out == rank)
+    rank = 16
     torch.manual_seed(2)
     linear = nn.Linear(960, 1000).to(dtype).requires_grad_(False)
     adapters = GatedLoRA({"linear": Target(linear, 960, 1000)}, rank, alpha=rank)
@@ -130,7 +181,7 @@ def test_packed_adapter_agrees_with_the_plain_one(rank: int, dtype: torch.dtype)
     nn.init.normal_(low_rank.b, std=0.05)
     adapters.to(dtype).requires_grad_(False)
     (term,) = adapters.terms
-    assert term.fused is not None and term.fused.packed == (dtype == torch.bfloat16 or rank == 80)
+    assert term.fused is not None and term.fused.packed == pays
     x = torch.randn(2, 5, 960, dtype=dtype)
     with torch.inference_mode(), adapters.open(regular=2, width=5):
         found = linear(x), torch.cat([linear(x[:1]), linear(x[1:])])

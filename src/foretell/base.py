@@ -123,7 +123,7 @@ class Base(nn.Module):
         """(B, Q, E) -> z (B, Q, D), after the final norm. Without a mask: causal over what is cached."""
         step = mask is not None or embeddings.shape[1] == 1
         group = self._groups and step and self.text_config._attn_implementation == "sdpa"
-        cached = {} if cache is None else {self.cache_argument: cache}
+        cached = {} if cache is None else {str(self.cache_argument): cache}
         with grouped(self.text_config) if group else nullcontext():
             out = self.decoder(
                 inputs_embeds=embeddings,

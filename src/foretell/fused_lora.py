@@ -12,14 +12,15 @@ from torch import Tensor
 from foretell import packed
 from foretell.packed import PackedProduct
 
-WORTH_PACKING = 2**17  # numbers of A and B in fp32; below, a packed product's call costs more than it saves
 SPELLED_OUT = 2**16  # numbers of a B up to which a compiled graph is faster without a product for it
 DIAGONAL = 2**19  # numbers of packed B's along a diagonal; above, the zeros between them cost more than calls
 
 
-def worth_packing(a: Tensor, numbers: int) -> bool:
-    """Whether low-rank matrices of so many numbers are faster in oneDNN's blocks (docs/experiments.md)."""
-    return packed.why_not(a.device, a.dtype) is None and (a.dtype != torch.float32 or numbers >= WORTH_PACKING)
+def worth_packing(a: Tensor, bs: Sequence[Tensor]) -> bool:
+    """Whether A (r, d_in) and the largest B (d_out, r) are both faster in oneDNN's blocks."""
+    if packed.why_not(a.device, a.dtype) is not None:
+        return False
+    return all(packed.pays(one.shape[0], one.shape[1], a.dtype) for one in (a, max(bs, key=Tensor.numel)))
 
 
 class FusedLowRank:
@@ -50,7 +51,7 @@ class FusedLowRank:
         ]
         self.dtype, self.rank, self.spelled_out = a.dtype, ends[-1], False
         self._separate = self.places, bs
-        self.packed = worth_packing(a, a.numel() + sum(b.numel() for b in bs))
+        self.packed = worth_packing(a, bs)
         if self.packed and len(sizes) > 1 and starts[-1] * ends[-1] <= DIAGONAL:
             diagonal = a.new_zeros(starts[-1], ends[-1])
             for (rows, columns), b in zip(self.places, bs, strict=True):

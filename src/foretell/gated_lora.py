@@ -190,7 +190,7 @@ class GatedLoRA(nn.Module):
             adapter = cast(LowRank, low_rank)
             if not self.gated or adapter.a.requires_grad:
                 yield Term(name, module, adapter)
-            elif isinstance(module, PackedLinear) and module.product.packed.dtype == adapter.a.dtype:
+            elif isinstance(module, PackedLinear) and module.product.weight.dtype == adapter.a.dtype:
                 together.setdefault(module.product, []).append((module.index, name, adapter))
             else:
                 fused = FusedLowRank([len(adapter.b)], {0: (adapter.a, adapter.b)}, self.scale)

@@ -1,17 +1,22 @@
-"""Linears whose weights lie in memory in the order in which oneDNN multiplies fastest, for decoding on a CPU.
+"""Linears whose weights lie in memory in the order in which this machine multiplies them fastest, for decoding on a CPU.
 
 A step of decoding multiplies each weight with a handful of rows. PyTorch hands such products to its BLAS, which reads a
-weight as it was stored; oneDNN, once it has laid the weight out in blocks of its own, is up to five times as fast
-(docs/experiments.md). The numbers are the same and so is the product, but for the order in which it is summed.
+weight as it was stored; oneDNN, once it has laid the weight out in blocks of its own, is up to five times as fast on
+one processor and three times as slow on another (docs/experiments.md), so both are timed. The numbers are the same and
+so is the product, but for the order in which it is summed.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from foretell.errors import ForetellError
@@ -20,6 +25,8 @@ PACKED_DTYPES = (torch.float32, torch.bfloat16)
 # A product of a few rows takes 25 to 35 microseconds in the midst of a step, however small it is. Other rows below a
 # weight cost every step what it takes to read them; below a large weight they cost more than their share.
 JOINED_BYTES, JOINS_NUMBERS = 2**17, 2**21
+# Both ways of making a product are timed with so many rows, by turns, over several weights of so many bytes in all.
+TRIED_ROWS, TRIED_BYTES, TRIED_WEIGHTS, TRIED_ROUNDS = (1, 5, 17), 2**24, 16, 5
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -44,15 +51,48 @@ def product(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
+def pays(d_out: int, d_in: int, dtype: torch.dtype) -> bool:
+    """Whether a weight (d_out, d_in) is multiplied faster in oneDNN's blocks than as stored, here and with as many
+    threads as now; timed once in a process, which takes some hundredths of a second."""
+    return _pays(d_out, d_in, dtype, torch.get_num_threads())
+
+
+@cache
+@torch.inference_mode()
+def _pays(d_out: int, d_in: int, dtype: torch.dtype, threads: int) -> bool:
+    row = d_in * dtype.itemsize
+    d_out = max(1, min(d_out, TRIED_BYTES // row))  # a part tells of a large one
+    count = min(TRIED_WEIGHTS, max(1, TRIED_BYTES // (d_out * row)))  # small ones should not all lie in the cache
+    stored = [torch.ones(d_out, d_in, dtype=dtype) for _ in range(count)]
+    packed = [reorder(weight) for weight in stored]
+    gain = 0.0
+    for rows in TRIED_ROWS:
+        x = torch.ones(1, rows, d_in, dtype=dtype)
+        # A disturbance only ever adds.
+        best = [math.inf, math.inf]
+        for _ in range(TRIED_ROUNDS):
+            for way, (multiply, weights) in enumerate(((F.linear, stored), (product, packed))):
+                start = time.perf_counter()
+                for weight in weights:
+                    multiply(x, weight)
+                best[way] = min(best[way], time.perf_counter() - start)
+        gain += math.log(best[0] / best[1])
+    return gain > 0
+
+
 class PackedProduct:
     """x (..., d_in) -> x W^T + bias for one or several linears that get the same x, as one product.
 
     A small product takes hardly longer than its call, so that the three of an attention cost what one does.
     """
 
-    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
+    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], kept: bool = False) -> None:
+        """`kept`: the one weight stays in memory in any case, and needs no copy if it is multiplied as stored."""
         self.sizes = [len(weight) for weight in weights]
-        self.packed = reorder(torch.cat(list(weights)) if len(weights) > 1 else weights[0])
+        self.blocked = pays(
+            sum(self.sizes), weights[0].shape[1], weights[0].dtype
+        )  # in oneDNN's blocks, else as stored
+        self.weight = weights[0] if kept and not self.blocked else self._arranged(weights)
         there = [bias.detach() for bias in biases if bias is not None]
         self.bias = torch.cat(there) if there else None
         self.joined = 0  # rows below the weights that are not theirs
@@ -60,21 +100,27 @@ class PackedProduct:
         self._joined_by: ReferenceType[object] | None = None
         self._made: tuple[Tensor, dict[int, Tensor]] | None = None  # an x and what linears have yet to take of it
 
+    def _arranged(self, weights: Sequence[Tensor]) -> Tensor:
+        """One below the other, in memory of their own."""
+        if self.blocked:
+            return reorder(torch.cat(list(weights)) if len(weights) > 1 else weights[0])
+        return torch.cat([weight.detach() for weight in weights])
+
     @property
     def tensors(self) -> list[Tensor]:
-        """The weight in oneDNN's blocks and, if there is one, the bias."""
-        return [self.packed] if self.bias is None else [self.packed, self.bias]
+        """The weight as it is multiplied and, if there is one, the bias."""
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
 
     @tensors.setter
     def tensors(self, tensors: list[Tensor]) -> None:
-        self.packed, *bias = tensors
+        self.weight, *bias = tensors
         if bias:
             (self.bias,) = bias
 
     @property
     def weights(self) -> tuple[Tensor, ...]:
-        """(d_out, d_in) of every linear, unpacked anew at each call."""
-        return self.packed.to_dense()[: sum(self.sizes)].split(self.sizes)
+        """(d_out, d_in) of every linear, taken out of oneDNN's blocks anew at each call."""
+        return self.weight.to_dense()[: sum(self.sizes)].split(self.sizes)
 
     @property
     def biases(self) -> tuple[Tensor, ...] | None:
@@ -87,11 +133,11 @@ class PackedProduct:
         True if they are there, as long as `by` lives; False, and nothing changes, where a product of their own costs
         less or another's rows are there.
         """
-        small = rows.numel() * rows.element_size() <= JOINED_BYTES and self.packed.numel() <= JOINS_NUMBERS
-        if not small or rows.dtype != self.packed.dtype or (self._joined_by is not None and self._joined_by()):
+        small = rows.numel() * rows.element_size() <= JOINED_BYTES and self.weight.numel() <= JOINS_NUMBERS
+        if not small or rows.dtype != self.weight.dtype or (self._joined_by is not None and self._joined_by()):
             return False
-        own = self.packed.to_dense()[: sum(self.sizes)]
-        self.packed, self.joined, self._joined_by = reorder(torch.cat([own, rows.detach()])), len(rows), ref(by)
+        own = self.weight.to_dense()[: sum(self.sizes)]
+        self.weight, self.joined, self._joined_by = self._arranged([own, rows]), len(rows), ref(by)
         if self.bias is not None:
             own_bias = self.bias[: sum(self.sizes)]
             self.bias = torch.cat([own_bias, own_bias.new_zeros(len(rows))])
@@ -112,7 +158,7 @@ class PackedProduct:
         return part
 
     def _make(self, x: Tensor) -> Tensor:
-        made = product(x, self.packed, self.bias)
+        made = (product if self.blocked else F.linear)(x, self.weight, self.bias)
         for add in self.added:
             add(x, made)
         return made
@@ -158,7 +204,7 @@ def pack(module: nn.Module, run: Callable[[], object], kept: nn.Module | None = 
     for parent, names in together(module, run):
         linears = [getattr(parent, name) for name in names]
         weights = [linear.weight.t() if isinstance(linear, Conv1D) else linear.weight for linear in linears]
-        made = PackedProduct(weights, [linear.bias for linear in linears])
+        made = PackedProduct(weights, [linear.bias for linear in linears], kept in linears)
         for index, (name, linear, weight) in enumerate(zip(names, linears, weights, strict=True)):
             setattr(parent, name, PackedLinear(made, index, weight.shape[1], weight if linear is kept else None))
 
