@@ -1,4 +1,4 @@
-"""Linears whose weights lie in memory in the order in which this machine multiplies them fastest, for decoding on a CPU.
+"""Linears whose weights lie in memory as this machine multiplies them fastest, for decoding on a CPU.
 
 A step of decoding multiplies each weight with a handful of rows. PyTorch hands such products to its BLAS, which reads a
 weight as it was stored; oneDNN, once it has laid the weight out in blocks of its own, is up to five times as fast on
