@@ -78,13 +78,13 @@ def show_profile(found: list[Overhead]) -> Table:
     """Where the time of quadratic steps of the real loop goes."""
     table = Table(title="quadratic steps of the real loop: milliseconds, and the share outside the base's own forward")
     for column in ("masks", "shortlist", "step", "forward", "of it adapter", "unembed", "drafts", "rest", "outside",
-                   "with adapter, unembed", "memory"):  # fmt: skip
+                   "with adapter, unembed", "memory", "first text"):  # fmt: skip
         table.add_column(column, justify="right")
     for o in found:
         times = (o.step_ms, o.forward_ms, o.adapter_ms, o.unembed_ms, o.draft_ms, o.rest_ms)
         shares = (o.outside_share, o.outside_share_strict)
-        peak = f"{o.memory.ratio:.3f}×" if o.memory else "unknown"
-        cells = [*(f"{ms:.2f}" for ms in times), *(f"{100 * share:.1f} %" for share in shares), peak]
+        peaks = [f"{memory.ratio:.3f}×" if memory else "unknown" for memory in (o.memory, o.first_memory)]
+        cells = [*(f"{ms:.2f}" for ms in times), *(f"{100 * share:.1f} %" for share in shares), *peaks]
         table.add_row(str(o.masks), str(o.shortlist or "exact"), *cells)
     return table
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from foretell.decoding.draft import GoOn, draft
 from foretell.model import MTPModel
-from foretell.sampler import BigramHead, CombinedHead, SamplerHead
+from foretell.sampler import BigramHead, CombinedHead, SamplerHead, SplitLinear
 
 from .models import VOCAB, random_prompt, reference, tiny_model
 
@@ -33,6 +33,27 @@ def test_chain_equals_the_plain_reading(name: str, sampler: str, tokens: int) ->
         expected = plain_chain(model, latents, before)
         for shortlist in (0, VOCAB, 10**6):
             assert draft(model, latents[None], before[None], shortlist=shortlist)[0].tolist() == [expected]
+
+
+@pytest.mark.parametrize("sampler", ["mlp", "bigram", "combined"])
+@pytest.mark.parametrize("pays", [False, True])
+def test_a_head_whose_weights_are_laid_out_drafts_the_same(
+    sampler: str, pays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("foretell.packed.pays", lambda d_out, d_in, dtype: pays)
+    model = tiny_model(sampler=sampler, sampler_tokens=2)
+    assert model.sampler is not None
+    latents = torch.randn(3, 4, model.base.d_model, generator=torch.Generator().manual_seed(0))
+    before = torch.tensor([[1, 2], [3, 4], [5, 6]])
+    expected = draft(model, latents, before)[0]
+    with torch.inference_mode():
+        model.sampler.lay_out()
+        assert torch.equal(draft(model, latents, before)[0], expected)
+        for linear in (module for module in model.sampler.modules() if isinstance(module, SplitLinear)):
+            linear.weight.copy_(torch.randn_like(linear.weight))  # copies are used, until it is moved or cast
+        assert torch.equal(draft(model, latents, before)[0], expected)
+        model.sampler.to(torch.float64).to(torch.float32)
+        assert not torch.equal(draft(model, latents, before)[0], expected)
 
 
 @pytest.mark.parametrize("tokens", [1, 2])

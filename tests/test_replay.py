@@ -208,6 +208,9 @@ def test_overhead_of_the_real_loop(model: MTPForCausalLM) -> None:
     assert found.forward_ms < found.step_ms
     assert not model.base.decoder._forward_hooks  # the watch leaves nothing behind
     assert not model.base.head._forward_hooks
+    if found.memory is not None:  # else a system that does not tell
+        assert found.first_memory is not None and found.memory.cache == found.first_memory.cache
+        assert found.to_dict()["memory"]["ratio"] == found.memory.ratio
 
 
 def test_memory_counts_weights_and_cache(model: MTPForCausalLM) -> None:

@@ -18,9 +18,9 @@ DIAGONAL = 2**19  # numbers of packed B's along a diagonal; above, the zeros bet
 
 def worth_packing(a: Tensor, bs: Sequence[Tensor]) -> bool:
     """Whether A (r, d_in) and the largest B (d_out, r) are both faster in oneDNN's blocks."""
-    if packed.why_not(a.device, a.dtype) is not None:
-        return False
-    return all(packed.pays(one.shape[0], one.shape[1], a.dtype) for one in (a, max(bs, key=Tensor.numel)))
+    return packed.why_not(a.device, a.dtype) is None and all(
+        packed.pays(one.shape[0], one.shape[1], a.dtype) for one in (a, max(bs, key=Tensor.numel))
+    )
 
 
 class FusedLowRank:

@@ -67,6 +67,8 @@ class MTPModel(nn.Module):
         """Casts our parameters to the base's dtype and freezes them; returns self."""
         self.own_modules_to(device=self.base.device, dtype=self.base.dtype)
         self.requires_grad_(False)
+        if self.base.packed and self.sampler is not None:
+            self.sampler.lay_out()
         return self.eval()
 
     def own_parameters(self) -> dict[str, Tensor]:

@@ -52,15 +52,19 @@ def product(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def pays(d_out: int, d_in: int, dtype: torch.dtype) -> bool:
-    """Whether a weight (d_out, d_in) is multiplied faster in oneDNN's blocks than as stored, here and with as many
-    threads as now; timed once in a process, which takes some hundredths of a second."""
-    return _pays(d_out, d_in, dtype, torch.get_num_threads())
+    """Whether a weight (d_out, d_in) is multiplied faster in oneDNN's blocks than as stored.
+
+    In bfloat16 it is: PyTorch's own products are oneDNN's then, on a weight laid out anew for each. In float32 both
+    ways are timed with as many threads as now, once in a process for each shape: some hundredths of a second.
+    """
+    return dtype != torch.float32 or _pays(d_out, d_in, dtype, torch.get_num_threads())
 
 
 @cache
 @torch.inference_mode()
 def _pays(d_out: int, d_in: int, dtype: torch.dtype, threads: int) -> bool:
-    row = d_in * dtype.itemsize
+    """Timed; `threads` only tells results apart."""
+    row = d_in * dtype.itemsize  # bytes
     d_out = max(1, min(d_out, TRIED_BYTES // row))  # a part tells of a large one
     count = min(TRIED_WEIGHTS, max(1, TRIED_BYTES // (d_out * row)))  # small ones should not all lie in the cache
     stored = [torch.ones(d_out, d_in, dtype=dtype) for _ in range(count)]

@@ -2,11 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foretell.config import MTPConfig
+from foretell.packed import PackedProduct
+
+
+class SplitLinear(nn.Linear):
+    """A linear whose input comes in parts, (..., d_in) each: W_0 x_0 + W_1 x_1 + ... + bias, part by part."""
+
+    def __init__(self, d_ins: list[int], d_out: int, bias: bool = True) -> None:
+        super().__init__(sum(d_ins), d_out, bias)
+        self.d_ins = d_ins
+        self._laid_out: list[PackedProduct] = []
+
+    def part(self, x: Tensor, index: int = 0) -> Tensor:
+        """W_index x; the last part brings the bias."""
+        if self._laid_out:
+            return self._laid_out[index].part(x, 0)
+        return F.linear(x, *self._parts()[index])
+
+    def lay_out(self) -> None:
+        """From here on copies are multiplied, which lie as this machine multiplies them fastest; until it is moved."""
+        self._laid_out = [PackedProduct([weight], [bias]) for weight, bias in self._parts()]
+
+    def _parts(self) -> list[tuple[Tensor, Tensor | None]]:
+        weights = self.weight.split(self.d_ins, 1)
+        return [*((weight, None) for weight in weights[:-1]), (weights[-1], self.bias)]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._laid_out = []
+        return super()._apply(fn, recurse)
 
 
 class Sampler(nn.Module):
@@ -30,6 +61,12 @@ class Sampler(nn.Module):
     def forward(self, embedding: Tensor, latent: Tensor) -> Tensor:
         return self.finish(self.prepare(latent), embedding, latent)
 
+    def lay_out(self) -> None:
+        """See `SplitLinear.lay_out`."""
+        for module in self.modules():
+            if isinstance(module, SplitLinear):
+                module.lay_out()
+
 
 class SamplerHead(Sampler):
     """MLP([E_y; E_y'; z]), the paper's with T = 1, two blocks of Linear -> SiLU -> LayerNorm with widths 2D -> D -> D.
@@ -42,22 +79,20 @@ class SamplerHead(Sampler):
         super().__init__()
         self.tokens = tokens
         self.residual = residual
-        self.read = tokens * d_embedding  # columns of the first layer
-        self.first = nn.Linear(self.read + d_model, d_model)
+        self.first = SplitLinear([tokens * d_embedding, d_model], d_model)
         self.first_norm = nn.LayerNorm(d_model)
-        self.second = nn.Linear(d_model, d_model)
+        self.second = SplitLinear([d_model], d_model)
         self.second_norm = nn.LayerNorm(d_model)
         if residual:
             nn.init.zeros_(self.second_norm.weight)
 
     def prepare(self, latent: Tensor) -> Tensor:
-        rows = F.linear(latent.reshape(-1, latent.shape[-1]), self.first.weight[:, self.read :], self.first.bias)
-        return rows.view(latent.shape)
+        return self.first.part(latent.reshape(-1, latent.shape[-1]), 1).view(latent.shape)
 
     def finish(self, prepared: Tensor, embedding: Tensor, latent: Tensor) -> Tensor:
-        hidden = prepared + F.linear(embedding.flatten(-2), self.first.weight[:, : self.read])
+        hidden = prepared + self.first.part(embedding.flatten(-2))
         hidden = self.first_norm(F.silu(hidden))
-        out = self.second_norm(F.silu(self.second(hidden)))
+        out = self.second_norm(F.silu(self.second.part(hidden)))
         return latent + out if self.residual else out
 
 
@@ -70,8 +105,8 @@ class Bigram(nn.Module):
 
     def __init__(self, d_model: int, d_embedding: int, tokens: int, rank: int) -> None:
         super().__init__()
-        self.a = nn.Linear(tokens * d_embedding, rank, bias=False)
-        self.b = nn.Linear(rank, d_model, bias=False)
+        self.a = SplitLinear([tokens * d_embedding], rank, bias=False)
+        self.b = SplitLinear([rank], d_model, bias=False)
         nn.init.zeros_(self.b.weight)
 
     @staticmethod
@@ -80,7 +115,8 @@ class Bigram(nn.Module):
         return torch.linalg.vector_norm(latent.detach(), dim=-1, keepdim=True) / latent.shape[-1] ** 0.5
 
     def forward(self, embedding: Tensor, scale: Tensor) -> Tensor:
-        return scale * self.b(self.a(F.rms_norm(embedding, embedding.shape[-1:]).flatten(-2)))
+        normed = F.rms_norm(embedding, embedding.shape[-1:]).flatten(-2)
+        return scale * self.b.part(self.a.part(normed))
 
 
 class BigramHead(Sampler):
