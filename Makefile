@@ -34,7 +34,7 @@ bench: $(STAMP) ## tokens per step and seconds on this machine
 # One thread: the tests' models are tiny, and two threads on a busy machine spend their time waiting for each other.
 test: export OMP_NUM_THREADS := 1
 test: $(STAMP) ## the tests
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: $(STAMP) ## style, formatting, types and the direction of imports
 	@$(BIN)/ruff check .

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from foretell.config import DTYPES, MTPConfig, TrainConfig
 from foretell.errors import ForetellError
 from foretell.evaluation.shapes import SHAPES, random_llama
 from foretell.grouped_attention import grouped
+from foretell.hardware import device_name
 from foretell.model import MTPModel
 from foretell.training.batches import Batch, generator, make_batch
 from foretell.training.data import Example
@@ -230,7 +230,7 @@ def main() -> None:
         return
     named = ("shape", "layers", "dtype", "threads", "tokens", "batch", "anchors", "masks", "rank", "rounds")
     device = resolve_device(args.device)
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    hardware = device_name(device)
     result = json.loads(args.output.read_text(encoding="utf-8")) if args.output.exists() else {}
     name = (
         f"{args.shape}, {args.layers} layers, {args.dtype}, {args.batch} x {args.tokens} tokens, {args.anchors} anchors"

@@ -20,6 +20,7 @@ from foretell import __version__
 from foretell.config import DecodeConfig
 from foretell.decoding.cache import StaticCache
 from foretell.decoding.draft import draft, reads_along, shortlist_size
+from foretell.hardware import device_name
 from foretell.layout import Block, Layout, plain
 from foretell.model import MTPModel
 
@@ -122,7 +123,7 @@ def _folder() -> Path:
 
 def _key(model: MTPModel, config: DecodeConfig, batch: int) -> str:
     device = model.base.device
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    machine = device_name(device)
     facts = [
         __version__, torch.__version__, model.base.fingerprint(), model.base.packed, model.base.dtype, device.type,
         model.compiled is not None, machine, platform.machine(), torch.get_num_threads(), model.config.to_dict(), batch,

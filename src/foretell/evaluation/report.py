@@ -20,6 +20,7 @@ from foretell.decoding.generate import MTPForCausalLM
 from foretell.errors import ForetellError
 from foretell.evaluation.measure import Counts, Difference
 from foretell.evaluation.methods import Method
+from foretell.hardware import device_name
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,6 @@ def in_words(ratio: float) -> str:
 def environment(model: MTPForCausalLM) -> dict[str, Any]:
     """Everything about the machine and the model that seconds depend on."""
     device = model.base.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": model.source or None,
@@ -202,7 +202,7 @@ def environment(model: MTPForCausalLM) -> dict[str, Any]:
         "base": Path(model.base.name).name if Path(model.base.name).is_dir() else model.base.name,
         "base_parameters": model.base.parameter_count,
         "device": device.type,
-        "device_name": name,
+        "device_name": device_name(device),
         "dtype": str(model.base.dtype).removeprefix("torch."),
         "packed": model.base.packed,
         "compiled": model.compiled is not None,

@@ -23,6 +23,7 @@ from foretell import checkpoint
 from foretell.base import load_base, resolve_device
 from foretell.config import MTPConfig, TrainConfig
 from foretell.errors import ForetellError
+from foretell.hardware import device_name
 from foretell.model import MTPModel
 from foretell.training.batches import Batch, Batches, split
 from foretell.training.best import Best
@@ -276,7 +277,7 @@ class Training:
         """What is known of the training so far, apart from what was measured."""
         held_out = self.config.held_out
         device = self.model.base.device
-        hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+        hardware = device_name(device)
         return {
             "data": str(self.corpus),
             "data_sources": self.corpus.describe(),
