@@ -37,7 +37,7 @@ class Base(nn.Module):
             )
         # Llama 4's text model looks for its decoder under a name that only its multimodal one has, and finds itself.
         self.decoder = lm.base_model if lm.base_model is not lm else getattr(lm, "model", lm)
-        self.takes = inspect.signature(self.decoder.forward).parameters
+        self.takes = frozenset(inspect.signature(self.decoder.forward).parameters)
         self.cache_argument = next((name for name in CACHE_ARGUMENTS if name in self.takes), None)
         self.text_config = lm.config.get_text_config()
         self.vocab_size = int(self.head.weight.shape[0])
