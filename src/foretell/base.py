@@ -15,7 +15,7 @@ from transformers import Cache, PreTrainedModel
 
 from foretell import quantised
 from foretell.attention import AttentionMask
-from foretell.errors import ForetellError
+from foretell.errors import ForetellError, reason_of
 from foretell.grouped_attention import can_group, grouped
 from foretell.mapped import give_back, separate
 from foretell.packed import pack, why_not
@@ -245,9 +245,9 @@ def load_base(
             name, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, **quantisation, **kwargs
         )
     except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise ForetellError(
-            f"the base {name!r} could not be loaded ({reason}); give a directory with safetensors or a Hub name"
+            f"the base {name!r} could not be loaded ({reason_of(error)}); give a directory with safetensors "
+            "or a Hub name"
         ) from error
     except Exception as error:  # safetensors raises its own type for damaged files
         if "afetensor" not in type(error).__name__:

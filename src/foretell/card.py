@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ TRAINING = {
     "date": "date",
 }  # fmt: skip
 VERSIONS = ("foretell", "torch", "transformers", "python")
+HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")  # a path begins otherwise
 CURVE = {"simulated_acceptance": "acceptance, training text", "held_out_simulated_acceptance": "acceptance, held out"}
 
 
@@ -34,13 +36,13 @@ def model_card(description: Mapping[str, Any], picture: str | None = None) -> st
 
 
 def _head(description: Mapping[str, Any]) -> str:
-    config = description["config"]
+    config, base = description["config"], description["base"]
+    named = f"base_model: {base}\n" if HUB_NAME.fullmatch(base) else ""  # the Hub refuses a card that names a path
     return f"""---
 library_name: foretell
-base_model: {description["base"]}
-tags: [multi-token-prediction, speculative-decoding]
+{named}tags: [multi-token-prediction, speculative-decoding]
 ---
-# Several tokens per step for {description["base"]}
+# Several tokens per step for {base}
 
 A foretell adapter (method: [arXiv 2507.11851](https://arxiv.org/abs/2507.11851)) with {config["masks"]} masks.
 It makes the base say several tokens per step; the output is the base's own.

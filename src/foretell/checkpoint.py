@@ -20,7 +20,7 @@ import foretell
 from foretell.base import Base, is_hub_name, load_base
 from foretell.card import model_card
 from foretell.config import MTPConfig
-from foretell.errors import ForetellError
+from foretell.errors import ForetellError, reason_of
 from foretell.model import MTPModel
 from foretell.packed import why_not
 
@@ -157,8 +157,7 @@ def local_directory(source: str | Path, **download: Any) -> Path:
     try:
         return Path(snapshot_download(str(source), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE], **download))
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ForetellError(f"there is no model at {source}, here or on the Hub ({reason})") from error
+        raise ForetellError(f"there is no model at {source}, here or on the Hub ({reason_of(error)})") from error
 
 
 def read_description(directory: Path) -> dict[str, Any]:
@@ -252,11 +251,11 @@ def push_to_hub(model: MTPModel, repository: str, *, private: bool = False) -> s
         save(model, folder)
         try:
             api = HfApi()
+            # Without an owner the repository is the user's own, and only the answer says whose that is.
             url = api.create_repo(repository, private=private, exist_ok=True)
-            api.upload_folder(repo_id=repository, folder_path=folder)
+            api.upload_folder(repo_id=url.repo_id, folder_path=folder)
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ForetellError(
-                f"{repository} could not be uploaded ({reason}); log in with `hf auth login` and try again"
+                f"{repository} could not be uploaded ({reason_of(error)}); log in with `hf auth login` and try again"
             ) from error
     return str(url)

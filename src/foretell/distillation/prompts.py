@@ -12,6 +12,7 @@ from typing import Any
 
 from foretell.errors import ForetellError
 from foretell.evaluation import prompts as prompt_sets
+from foretell.training.sources import hub_rows
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 FIELDS = ("messages", "conversations", "prompt", "instruction", "question", "text")
@@ -88,16 +89,7 @@ def _file_records(path: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]
 
 
 def _hub_records(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(name, split="train")
-    except Exception as error:  # the library raises many types for "not there" and "no network"
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ForetellError(
-            f"{name} is neither a file nor a Hub data set that can be loaded ({reason}); check name and network"
-        ) from error
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(hub_rows(name), 1):
         yield f"{name}:{number}", row
 
 

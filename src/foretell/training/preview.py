@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from foretell.checkpoint import load_tokenizer
 from foretell.config import TrainConfig
+from foretell.errors import ForetellError
 from foretell.training.batches import Batches, split
 from foretell.training.data import Corpus, OnProgress, load_corpus
 from foretell.training.packing import packed
@@ -75,6 +76,10 @@ def preview(
     """
     config = config or TrainConfig()
     tokenizer = load_tokenizer(base, trust_remote_code)
+    if tokenizer is None:
+        raise ForetellError(
+            f"{base} is not there or has no tokenizer; give the directory of a base with tokenizer files, or a Hub name"
+        )
     corpus = load_corpus(data, tokenizer, config.seq_len, on_progress, config.packing)
     examples, held_out = split(corpus.examples, config.seed)
     if config.packing:

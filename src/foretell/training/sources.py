@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from foretell.errors import ForetellError
+from foretell.errors import ForetellError, reason_of
 from foretell.training.records import ACCEPTED, BadRecord, Record, parse_record
 
 TEXTS = (".txt", ".md", ".py")
@@ -92,7 +92,7 @@ class Source:
         """What changes when the data do: path, size and time of every file, or the fingerprint of a Hub data set."""
         files = self.files()
         if files is None:
-            return [self.name, str(_hub_rows(self.name)._fingerprint)]
+            return [self.name, str(hub_rows(self.name)._fingerprint)]
         stats = [(str(file.resolve()), file.stat()) for file in files]
         return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
@@ -109,7 +109,7 @@ class Source:
         """
         files = self.files()
         if files is None:
-            for number, row in enumerate(_hub_rows(self.name), 1):
+            for number, row in enumerate(hub_rows(self.name), 1):
                 yield Place(self.name, number, "row"), _parsed(row)
             return
         for file in files:
@@ -234,7 +234,7 @@ def _document(path: Path, first: int, lines: list[bytes]) -> Iterator[Located]:
         yield Place(str(path), line), BadRecord("not UTF-8 text; convert the file (iconv -t utf-8)")
 
 
-def _hub_rows(name: str) -> Any:
+def hub_rows(name: str) -> Any:
     """Rows of "owner/name" or "owner/name:configuration", memory-mapped by the library. Never runs their code."""
     import datasets
 
@@ -242,7 +242,7 @@ def _hub_rows(name: str) -> Any:
     try:
         return datasets.load_dataset(repository, configuration or None, split="train")
     except Exception as error:  # the library raises many types for "not there" and "no network"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ForetellError(
-            f"{name} is neither a file nor a Hub data set that can be loaded ({reason}); check name and network"
+            f"{name} is neither a file nor a Hub data set that can be loaded ({reason_of(error)}); check the "
+            "network and the name, which is owner/name or owner/name:configuration"
         ) from error
