@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Unattended, within 9 minutes on a CUDA machine: the tests marked gpu; at the shape of 8B in bf16, what a step costs
-# and the replayed GSM8k profile; then the embedded model's bench in bf16 and fp32. Every result is written as it comes.
+# Unattended, within 9 minutes on a CUDA machine: the tests marked gpu; at the shape of 8B in bf16, what a step costs,
+# eager and as CUDA graphs, and the replayed GSM8k profile, all graphed; then the embedded model's bench in bf16 and
+# fp32. Every result is written as it comes.
 # Another folder for the results, or another model: OUT=folder MODEL=name benchmarks/gpu.sh
 set -uo pipefail
 OUT=${OUT:+$(realpath -m "$OUT")}
@@ -26,14 +27,16 @@ within() {
 if grep -rqE 'mark\.gpu' tests; then
   within 100 "$PYTHON" -m pytest -m gpu
 fi
-within 140 "$PYTHON" benchmarks/step_cost.py --shape 8B --device cuda --contexts 512 4096 \
+within 90 "$PYTHON" benchmarks/step_cost.py --shape 8B --device cuda --contexts 512 4096 \
   --output "$RESULTS/step_cost_8B_cuda.json"
-within 240 "$PYTHON" benchmarks/replay.py --shape 8B --device cuda --profile gsm8k --rounds 3 \
-  --output "$RESULTS/replay_8B_cuda.json"
+within 90 "$PYTHON" benchmarks/step_cost.py --shape 8B --device cuda --contexts 512 4096 --compiled \
+  --output "$RESULTS/step_cost_8B_cuda_compiled.json"
+within 180 "$PYTHON" benchmarks/replay.py --shape 8B --device cuda --profile gsm8k --rounds 3 --compiled \
+  --linear 5 --quadratic 4 8 --output "$RESULTS/replay_8B_cuda.json"
 # The embedded model as far as time is left: too small to gain much on a GPU, but its outputs are compared there.
 for dtype in bfloat16 float32; do
   rm -f "$RESULTS/gpu-$dtype.json" # bench overwrites no report
-  within 90 "$PYTHON" -m foretell bench ${MODEL:+--model "$MODEL"} --device cuda --dtype "$dtype" --rounds 3 --limit 2 --masks 3,8 --prompt-lookup '' \
+  within 60 "$PYTHON" -m foretell bench ${MODEL:+--model "$MODEL"} --device cuda --dtype "$dtype" --compiled --rounds 3 --limit 2 --masks 3,8 --prompt-lookup '' \
     --output "$RESULTS/gpu-$dtype.json"
 done
 exit "$failed"

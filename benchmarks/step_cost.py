@@ -20,6 +20,7 @@ from rich.table import Table
 
 from foretell.checkpoint import write_text
 from foretell.config import DTYPES
+from foretell.decoding.compiling import compile_steps
 from foretell.decoding.generate import MTPForCausalLM
 from foretell.errors import ForetellError
 from foretell.evaluation.overhead import Overhead, overhead
@@ -136,6 +137,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--device", help="cpu, cuda, ... [a GPU if there is one]")
     parser.add_argument("--no-packed", dest="packed", action="store_const", const=False, help="weights as they are")
+    parser.add_argument("--compiled", action="store_true", help="compiled steps on a CPU, CUDA graphs on a GPU")
     parser.add_argument("--threads", type=int, default=2, help="torch threads, one per core")
     parser.add_argument("--batch", type=int, default=1, help="sequences side by side, of different lengths")
     parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS, help="tokens in the cache")
@@ -158,8 +160,10 @@ def main() -> None:
             packed=args.packed,
             directory=Path(directory) if args.profile else None,
         )
-    batch = "" if args.batch == 1 else f"_batch{args.batch}"
-    path = args.output or RESULTS / f"step_cost_{args.shape}_{model.base.device.type}{batch}.json"
+    if args.compiled and (reason := compile_steps(model)):
+        raise ForetellError(reason)
+    kind = "_compiled" * args.compiled + f"_batch{args.batch}" * (args.batch > 1)
+    path = args.output or RESULTS / f"step_cost_{args.shape}_{model.base.device.type}{kind}.json"
     result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     run = {**environment(model), "rounds": args.rounds, "rank": args.rank}
     console = Console(width=max(140, Console().width))

@@ -6,7 +6,7 @@ Three graphs for each kind of block serve every layout: one regular row, several
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from foretell.attention import AttentionMask
 from foretell.base import Base
 from foretell.block_graph import Call, Parts, tensors_of, trace_block
 from foretell.errors import ForetellError
@@ -86,7 +87,7 @@ class CompiledSteps:
             raise ForetellError(reason)
         self.run: Running | None = None
         self.compiled_now: CompiledNow | None = None
-        self.adapter = adapter
+        self.base, self.adapter = base, adapter
         self.blocks = [
             CompiledBlock(number, self, Parts(block, adapter.of_block(number)))
             for number, block in enumerate(base.blocks)
@@ -97,24 +98,35 @@ class CompiledSteps:
         for block in self.blocks:
             block.remove()
 
-    def can_run(self, cache: Any, length: int, regular: int, width: int) -> bool:
-        """Whether a step behind `length` tokens of one sequence can: after its prefill, with room in the cache."""
+    def can_run(self, cache: Any, lengths: Sequence[int], regular: int, width: int) -> bool:
+        """Whether a step behind so many tokens can: of one sequence, after its prefill, with room in the cache."""
         layer = cache.layers[0]
-        if not layer.is_initialized or layer.keys.shape[0] != 1:
+        if len(lengths) > 1 or not layer.is_initialized or layer.keys.shape[0] != 1:
             return False
         # Not up to its very end: the graphs were made for keys that are a part of what the cache holds.
-        return length + width < layer.keys.shape[2] and form_of(regular, width) in self.blocks[0].graphs
+        return lengths[0] + width < layer.keys.shape[2] and form_of(regular, width) in self.blocks[0].graphs
 
-    @contextmanager
-    def running(self, cache: Any, length: int, regular: int, width: int) -> Iterator[None]:
-        """Within this context a step of so many rows behind the first `length` cached tokens runs compiled."""
+    def latents(
+        self,
+        embeddings: Tensor,
+        positions: Tensor,
+        mask: AttentionMask | None,
+        cache: Any,
+        lengths: Sequence[int],
+        regular: int,
+    ) -> Tensor:
+        """As `Base.latents` for a step behind the first `lengths[0]` cached tokens: (1, Q, E) -> z (1, Q, D).
+
+        The mask must be there, also where everything is seen.
+        """
+        (length,), width = lengths, embeddings.shape[1]
         form = form_of(regular, width)
         tail = [torch.arange(length, length + width), torch.empty(length + width)]
         if form.masks:
             tail.append(torch.empty(regular + 1))
         self.run = Running(form, cache.layers, tail)
         try:
-            yield
+            return self.base.latents(embeddings, positions, mask, cache)
         finally:
             self.run = None
 

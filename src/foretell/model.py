@@ -13,6 +13,7 @@ from transformers import Cache
 
 from foretell.attention import AttentionMask, additive, attention_mask, is_windowed
 from foretell.base import Base
+from foretell.captured import CapturedSteps
 from foretell.compiled import CompiledSteps
 from foretell.config import MTPConfig
 from foretell.errors import ForetellError
@@ -53,7 +54,7 @@ class MTPModel(nn.Module):
             gated=config.adapter == "gated",
         )
         self.sampler: Sampler | None = make_sampler(config, base.d_model, base.d_embedding)
-        self.compiled: CompiledSteps | None = None
+        self.compiled: CompiledSteps | CapturedSteps | None = None
         self.own_modules_to(device=base.device)
 
     def own_modules_to(self, **kwargs: Any) -> None:
@@ -102,12 +103,13 @@ class MTPModel(nn.Module):
             embeddings = torch.cat([embeddings, masks.to(embeddings.dtype)], dim=1)
         if self.bidirectional:  # strategies need not know how the masks were trained
             layouts = [replace(layout, bidirectional=True) for layout in layouts]
-        compiled = self.compiled if len(lengths) == 1 else None
-        positions, mask = step_attention(layouts, lengths, self.base, explicit=compiled is not None)
         rows = layouts[0].regular, layouts[0].width
-        if compiled is not None and compiled.can_run(cache, lengths[0], *rows):
-            with compiled.running(cache, lengths[0], *rows):
-                return self.base.latents(embeddings, positions, mask, cache)
+        compiled = self.compiled
+        runs = compiled is not None and compiled.can_run(cache, lengths, *rows)
+        explicit = runs or (compiled is not None and len(lengths) == 1)  # one that runs eager may be compiled from
+        positions, mask = step_attention(layouts, lengths, self.base, explicit)
+        if compiled is not None and runs:
+            return compiled.latents(embeddings, positions, mask, cache, lengths, layouts[0].regular)
         with self.adapter.open(*rows):
             return self.base.latents(embeddings, positions, mask, cache)
 

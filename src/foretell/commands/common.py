@@ -41,7 +41,8 @@ CompiledOption = Annotated[
     bool,
     typer.Option(
         "--compiled/--no-compiled",
-        help="compile the base's blocks for steps of one sequence, on a CPU: faster, but half a minute the first time",
+        help="on a CPU compile the base's blocks for steps of one sequence: faster, but half a minute the first time; "
+        "on a GPU record steps as CUDA graphs",
     ),
 ]
 QuantiseOption = Annotated[

@@ -1,4 +1,4 @@
-"""Compiles a model's steps and compares them with eager ones, before any text is decoded with them."""
+"""Compiles a model's steps, or captures them on a GPU, and compares them with eager ones before any text is decoded."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from foretell.captured import CapturedSteps
 from foretell.compiled import CompiledSteps
 from foretell.decoding.cache import StaticCache
 from foretell.errors import ForetellError
@@ -23,23 +24,26 @@ CHECKED = (9, 70)  # and in those that are compared: few, and more than a vector
 
 @torch.inference_mode()
 def compile_steps(model: MTPModel) -> str | None:
-    """From here on steps of one sequence run compiled (see `CompiledSteps`); prompts and batches stay eager.
+    """From here on steps of one sequence run compiled on a CPU (see `CompiledSteps`), and all steps as CUDA graphs on
+    a GPU (see `CapturedSteps`); prompts stay eager.
 
-    Tens of seconds the first time, a few once inductor has kept the graphs on disk. The adapter's matrices are looked
-    up once, so this comes after `for_inference`. Every form of step is compared with its eager one; where it differs,
-    or anything else is in the way, the model stays as it was and the reason is returned, else None.
+    On a CPU tens of seconds the first time, a few once inductor has kept the graphs on disk; on a GPU a graph is
+    recorded when a kind of step recurs. The adapter's matrices are looked up once, so this comes after `for_inference`.
+    Every form of step is compared with its eager one; where it differs, or anything else is in the way, the model stays
+    as it was and the reason is returned, else None.
     """
     if model.compiled is not None:
         return None
-    steps = None
+    steps: CompiledSteps | CapturedSteps | None = None
     try:
-        steps = model.compiled = CompiledSteps(model.base, model.adapter)
-        for layouts in _layouts(model):
-            ready = [_prefilled(model, layout, context) for layout, context in zip(layouts, CONTEXTS, strict=True)]
-            with _silent(), steps.compiling(layouts[0].regular, layouts[0].width, CONTEXTS[0]):
-                for layout, (ids, cache) in zip(layouts, ready, strict=True):
-                    model.step(ids, [layout], cache, cache.lengths)
-        _compare(model, steps)
+        if model.base.device.type == "cuda":
+            steps = captured = CapturedSteps(model.base, model.adapter)
+            compare_captured(model, captured)
+        else:
+            steps = model.compiled = compiled = CompiledSteps(model.base, model.adapter)
+            for layouts in _layouts(model):
+                _compile(model, compiled, layouts)
+            _compare(model, compiled, [1])
     except Exception as error:  # from the compiler or from code of any author
         if steps is not None:
             steps.remove()
@@ -48,6 +52,21 @@ def compile_steps(model: MTPModel) -> str | None:
     finally:
         model.adapter.remove()
     return None
+
+
+def compare_captured(model: MTPModel, steps: CapturedSteps) -> None:
+    """Puts them into the model. Raises ForetellError if they differ from eager steps, also of a ragged batch."""
+    patience, steps.eager_first = steps.eager_first, 0
+    _compare(model, steps, [1, 2])
+    steps.eager_first = patience
+
+
+def _compile(model: MTPModel, steps: CompiledSteps, layouts: tuple[Layout, Layout]) -> None:
+    """Makes the graphs for the form of two layouts."""
+    ready = [_prefilled(model, layout, [context]) for layout, context in zip(layouts, CONTEXTS, strict=True)]
+    with _silent(), steps.compiling(layouts[0].regular, layouts[0].width, CONTEXTS[0]):
+        for layout, (ids, cache) in zip(layouts, ready, strict=True):
+            model.step(ids, [layout], cache, cache.lengths)
 
 
 def _layouts(model: MTPModel) -> list[tuple[Layout, Layout]]:
@@ -83,8 +102,8 @@ def _reason(error: Exception) -> str:
     return f"its blocks can't be compiled ({type(error).__name__}: {said})"
 
 
-def _compare(model: MTPModel, steps: CompiledSteps) -> None:
-    """Raises ForetellError if compiled steps differ from eager ones, after few cached tokens and after more."""
+def _compare(model: MTPModel, steps: CompiledSteps | CapturedSteps, batches: list[int]) -> None:
+    """Raises ForetellError if such steps differ from eager ones, after few cached tokens and after more."""
     k = model.max_masks
     model.compiled = None
     layouts = [plain(), plain(2), linear(0, 1), linear(0, k), quadratic(2, k)]
@@ -92,33 +111,38 @@ def _compare(model: MTPModel, steps: CompiledSteps) -> None:
     if model.base.max_positions is not None:
         longest = min(longest, model.base.max_positions - layouts[-1].width)
     contexts = [context for context in CHECKED if context < longest] + [longest]
-    ids, cache = _prefilled(model, layouts[-1], longest)
     differences = []
-    for context, layout in product(contexts, layouts):
-        model.compiled = None
-        want = _latents(model, layout, ids, cache, context)
-        model.compiled = steps
-        got = _latents(model, layout, ids, cache, context)
-        # Latents, and the keys and values that the next step sees: largest difference over their range.
-        for one, other in zip(got, want, strict=True):
-            differences.append(float((one - other).float().abs().max() / other.float().abs().max()))
+    for batch in batches:
+        ids, cache = _prefilled(model, layouts[-1], [longest] * batch)
+        for context, layout in product(contexts, layouts):
+            lengths = [context - row for row in range(batch)]  # in a batch all differ
+            model.compiled = None
+            want = _latents(model, layout, ids, cache, lengths)
+            model.compiled = steps
+            got = _latents(model, layout, ids, cache, lengths)
+            # Latents, and the keys and values that the next step sees: largest difference over their range.
+            for one, other in zip(got, want, strict=True):
+                differences.append(float((one - other).float().abs().max() / other.float().abs().max()))
     limit = 1e-4 if model.base.dtype == torch.float32 else 0.1
     if not all(difference < limit for difference in differences):  # NaN is not below it
         raise ForetellError(f"they differ from eager ones by {max(differences):.1e} of their range")
 
 
-def _latents(model: MTPModel, layout: Layout, ids: Tensor, cache: StaticCache, context: int) -> list[Tensor]:
-    """z (1, Q, D) of a step behind so many tokens of a copy of the cache, and its last keys and values."""
+def _latents(model: MTPModel, layout: Layout, ids: Tensor, cache: StaticCache, lengths: list[int]) -> list[Tensor]:
+    """z (B, Q, D) of a step behind so many tokens of a copy of the cache, and its last keys and values."""
     own = copy.deepcopy(cache)
-    own.lengths[0] = context
-    latents = model.step(ids[:, : layout.regular], [layout], own, own.lengths)
-    return [latents, own.layers[-1].keys, own.layers[-1].values]
+    own.lengths[:] = lengths
+    latents = model.step(ids[:, : layout.regular], [layout] * len(lengths), own, own.lengths)
+    last, columns = own.layers[-1], min(lengths) + layout.width  # beyond them a longer sequence's only
+    return [latents, last.keys[:, :, :columns], last.values[:, :, :columns]]
 
 
-def _prefilled(model: MTPModel, layout: Layout, context: int) -> tuple[Tensor, StaticCache]:
-    """Ids (1, R) for a step, and a cache that holds so many tokens before them."""
-    cache = StaticCache(len(model.base.blocks), context + 2 * layout.width)
-    ids = torch.arange(context + layout.regular, device=model.base.device)[None] % model.base.vocab_size
+def _prefilled(model: MTPModel, layout: Layout, contexts: list[int]) -> tuple[Tensor, StaticCache]:
+    """Ids (B, R) for a step, and a cache that holds so many tokens (as many of each sequence) before them."""
+    batch, context = len(contexts), contexts[0]
+    cache = StaticCache(len(model.base.blocks), context + 2 * layout.width, batch)
+    count = context + layout.regular
+    ids = torch.arange(batch * count, device=model.base.device).view(batch, count) % model.base.vocab_size
     model.prefill(ids[:, :context], cache)
-    cache.keep([context])
+    cache.keep(contexts)
     return ids[:, context:], cache

@@ -58,7 +58,8 @@ class MTPForCausalLM(MTPModel):
         `packed` lays out the base's weights as a CPU multiplies them fastest (see `Base.pack`), None where that can be
         done. Such a base is for decoding alone: it can neither be trained nor saved. `quantise` int8 or int4 loads the
         base's linears in so many bits (see `checkpoint.load`). `compiled` compiles the base's blocks for steps of one
-        sequence on a CPU (see `compile_steps`); where that can't be done it warns and decodes as it does without.
+        sequence on a CPU, and records steps as CUDA graphs on a GPU (see `compile_steps`); where that can't be done it
+        warns and decodes as it does without.
 
         Raises ForetellError for a missing or damaged checkpoint, another base than it was trained on, or an
         unsupported architecture.
