@@ -53,19 +53,20 @@ def why_not(base: Base, adapter: GatedLoRA) -> str | None:
 class CudaGraphs:
     """Records what `run` launches -> (replay, what it gave). All share a pool of memory, as one runs at a time."""
 
-    def __init__(self) -> None:
-        self.pool = torch.cuda.graph_pool_handle()
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.pool = device, torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):  # kernels are chosen and workspaces made outside of the graph
-                run()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            out = run()
+        with torch.cuda.device(self.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(2):  # kernels are chosen and workspaces made outside of the graph
+                    run()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                out = run()
         return graph.replay, out
 
 
@@ -123,7 +124,7 @@ class CapturedSteps:
         if record is None and (reason := why_not(base, adapter)):
             raise ForetellError(reason)
         self.base, self.adapter = base, adapter
-        self.record: Record = record or CudaGraphs()
+        self.record: Record = record or CudaGraphs(base.device)
         self.eager_first = EAGER_FIRST
         self.graphs: dict[Kind, Captured] = {}
         self.seen: Counter[Kind] = Counter()
