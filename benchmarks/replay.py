@@ -242,9 +242,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--device", help="cpu, cuda, ... [a GPU if there is one]")
     parser.add_argument("--no-packed", dest="packed", action="store_const", const=False, help="weights as they are")
-    parser.add_argument(
-        "--compiled", action="store_true", help="compiled steps (on a CPU of one sequence), CUDA graphs"
-    )
+    parser.add_argument("--compiled", action="store_true", help="compiled steps, or CUDA graphs on a GPU")
     parser.add_argument("--threads", type=int, default=2, help="torch threads, one per core")
     parser.add_argument("--profile", choices=(*ACCEPTANCE, "all"), default="all")
     parser.add_argument("--batch", type=int, default=1, help="prompts decoded side by side")

@@ -75,6 +75,7 @@ MISSING = {
     "no configuration": ([*SHOW, "owner/several"], "owner/name:configuration", "'first', 'second'"),
     "prompts": ([*DISTILL, "owner/nothing", *BASE, "--output", "y"], "owner/nothing is neither a file nor a Hub"),
     "a base for an adapter": ([*GENERATE, "owner/base"], "it is not a foretell model"),
+    "an adapter for a base": ([*TRAIN, "--base", "owner/adapter", "--output", "x"], "is a trained adapter, not a base"),
 }
 OFFLINE = {
     "adapter": ([*GENERATE, "owner/never"], "no model at owner/never, here or on the Hub", "HF_HUB_OFFLINE"),

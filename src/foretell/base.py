@@ -20,6 +20,7 @@ from foretell.grouped_attention import can_group, grouped
 from foretell.mapped import give_back, separate
 from foretell.packed import pack, why_not
 
+CONFIG_FILE = "foretell.json"  # of a model of ours
 CACHE_ARGUMENTS = ("cache", "past_key_values")  # what a decoder calls it since transformers 5.24, and before
 
 
@@ -208,6 +209,18 @@ def is_hub_name(name: str) -> bool:
     return name.count("/") <= 1 and not name.startswith((".", "/", "~")) and bool(name)
 
 
+def is_adapter(name: str) -> bool:
+    """Whether a directory or Hub repository holds a model of ours."""
+    if Path(name).is_dir():
+        return (Path(name) / CONFIG_FILE).is_file()
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return bool(hf_hub_download(name, CONFIG_FILE))
+    except (OSError, ValueError):  # it is not there, or can't be reached
+        return False
+
+
 def resolve_device(device: str | torch.device | None) -> torch.device:
     """None: a GPU if there is one. Raises ForetellError for a device that torch does not know or does not have."""
     try:
@@ -237,14 +250,16 @@ def load_base(
 
     if not Path(name).is_dir() and (Path(name).exists() or not is_hub_name(name)):
         raise ForetellError(f"there is no base at {name}: give a directory with safetensors or a Hub name")
-    if (Path(name) / "foretell.json").is_file():
-        raise ForetellError(f"{name} is a trained adapter, not a base; give the base that it was trained for")
     quantisation = quantised.load_arguments(quantise, dtype, device)
     try:
         lm = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, **quantisation, **kwargs
         )
     except (OSError, ValueError, KeyError) as error:
+        if is_adapter(name):
+            raise ForetellError(
+                f"{name} is a trained adapter, not a base; give the base that it was trained for"
+            ) from error
         raise ForetellError(
             f"the base {name!r} could not be loaded ({reason_of(error)}); give a directory with safetensors "
             "or a Hub name"

@@ -17,14 +17,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import foretell
-from foretell.base import Base, is_hub_name, load_base
+from foretell.base import CONFIG_FILE, Base, is_hub_name, load_base
 from foretell.card import model_card
 from foretell.config import MTPConfig
 from foretell.errors import ForetellError, reason_of
 from foretell.model import MTPModel
 from foretell.packed import why_not
 
-CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "foretell.json", "foretell.safetensors", "README.md"
+WEIGHTS_FILE, CARD_FILE = "foretell.safetensors", "README.md"
 PICTURE = "training.png"  # the training's curves, which the card shows where they are
 CUSTOM_GENERATE = "custom_generate"  # a folder that transformers knows by this name
 FORMAT = 1

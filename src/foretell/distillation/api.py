@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from foretell.base import load_base, resolve_device
-from foretell.checkpoint import CONFIG_FILE, load_tokenizer
+from foretell.base import CONFIG_FILE, load_base, resolve_device
+from foretell.checkpoint import load_tokenizer
 from foretell.config import DecodeConfig, DistillConfig, MTPConfig
 from foretell.decoding.generate import MTPForCausalLM, resolve_dtype
 from foretell.distillation.answering import Distillation, Progress, Work
