@@ -103,6 +103,29 @@ def test_equal_sequences_are_planned_as_one() -> None:
     assert planner.layouts([reach] * 16, [1000] * 16) == [alone] * 16
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_a_batch_gets_the_best_shapes_there_are(seed: int) -> None:
+    """By trying every number of drafts and masks that the widest sequence may have."""
+    random = np.random.default_rng(seed)
+    planner = Planner(noisy_costs(4, COSTS["135M"], 0.1, random), Experience(4))
+    planner.solve(50)
+    planner.layouts([[1.0]], [100])  # the first step solves once more
+    reach = [np.cumprod([1.0, *random.uniform(0.2, 1, random.integers(0, 5))]).tolist() for _ in range(3)]
+    verified = np.array([shape.regular - 1 for shape in planner.shapes])
+    masks = np.array([shape.masks for shape in planner.shapes])
+    worth = np.array([planner._weights[:, : len(own)] @ own for own in reach]).T
+    best = (np.inf, [0, 0, 0])
+    for d, m in {(int(d), int(m)) for d in verified for m in masks}:
+        fits = [(verified <= d) & (masks <= m) & (verified < len(own)) for own in reach]
+        chosen = [int(np.where(fit, own, np.inf).argmin()) for fit, own in zip(fits, worth.T, strict=True)]
+        mean = np.mean([own[index] for own, index in zip(worth.T, chosen, strict=True)])
+        best = min(best, (planner._table[d, m] + mean, chosen))
+    found = planner.layouts(reach, [100] * 3)
+    wide = max(shape.regular for shape in found) - 1, max(shape.masks for shape in found)
+    mean = np.mean([own[planner.shapes.index(shape)] for own, shape in zip(worth.T, found, strict=True)])
+    assert planner._table[wide] + mean == pytest.approx(best[0])
+
+
 def test_costs_follow_what_steps_really_take() -> None:
     """Measured where masks seemed cheap: once they prove dear, fewer are hung, and none if they are not worth it."""
     cheap = noisy_costs(8, COSTS["idle"], 0.0, np.random.default_rng(0))

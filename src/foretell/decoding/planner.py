@@ -42,6 +42,11 @@ class Planner:
         self._blocks = np.array([[dict(shape.blocks).get(r, 0) for r in range(masks + 1)] for shape in self.shapes])
         self._verified = np.array([shape.regular - 1 for shape in self.shapes])
         self._hung = self._blocks.sum(1)
+        # For batches: shapes in order of (drafts, masks), where each such pair starts, and the pairs.
+        self._by_pair = np.lexsort((self._hung, self._verified))
+        pairs = np.stack([self._verified, self._hung])[:, self._by_pair]
+        self._pair_starts = np.flatnonzero(np.append(True, (pairs[:, 1:] != pairs[:, :-1]).any(0)))
+        self._pairs = pairs[0, self._pair_starts], pairs[1, self._pair_starts]
         self._measured, self._drafting = costs.steps(masks), costs.drafting(masks)
         self._ends = np.searchsorted(self._verified, np.arange(masks + 1), side="right")  # of those up to d drafts
         # (L, k+1): 1 for the tokens that a shape has
@@ -65,7 +70,8 @@ class Planner:
             self.solve()
         self._until_solution -= 1
         reach = [own[:left] for own, left in zip(reach, remaining, strict=True)]
-        chosen = [self._best(reach[0])] if len(reach) == 1 else self._best_together(reach)
+        alike = len(reach) == 1 or all(len(own) == 1 for own in reach)  # without drafts all are
+        chosen = [self._best(reach[0])] * len(reach) if alike else self._best_together(reach)
         if not self._probe(any(self._hung[index] for index in chosen)):
             return [self.shapes[index] for index in chosen]
         return [Layout(1, (Block(0, min(PROBE_MASKS, self.masks)),))] * len(chosen)
@@ -82,7 +88,7 @@ class Planner:
         worth[self._verified[:, None] >= [len(own) for own in reach]] = np.inf
         # Of each sequence, with at most d drafts verified and at most M masks; the rest of its rows is filler.
         most = np.full((*self._table.shape, len(reach)), np.inf)
-        np.minimum.at(most, (self._verified, self._hung), worth)
+        most[self._pairs] = np.minimum.reduceat(worth[self._by_pair], self._pair_starts, axis=0)
         most = np.minimum.accumulate(np.minimum.accumulate(most, axis=0), axis=1)
         # `value` sees one sequence that pays for the whole step: their mean is the step's.
         verified, hung = np.unravel_index(int((self._table + most.mean(-1)).argmin()), self._table.shape)
