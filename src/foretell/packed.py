@@ -93,9 +93,8 @@ class PackedProduct:
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], kept: bool = False) -> None:
         """`kept`: the one weight stays in memory in any case, and needs no copy if it is multiplied as stored."""
         self.sizes = [len(weight) for weight in weights]
-        self.blocked = pays(
-            sum(self.sizes), weights[0].shape[1], weights[0].dtype
-        )  # in oneDNN's blocks, else as stored
+        # In oneDNN's blocks, else as stored.
+        self.blocked = pays(sum(self.sizes), weights[0].shape[1], weights[0].dtype)
         self.weight = weights[0] if kept and not self.blocked else self._arranged(weights)
         there = [bias.detach() for bias in biases if bias is not None]
         self.bias = torch.cat(there) if there else None
