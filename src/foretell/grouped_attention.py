@@ -53,7 +53,9 @@ def grouped_attention(
         return out.transpose(1, 2).contiguous(), None
     stacked = query.reshape(batch, -1, groups * rows, size)
     mask = attention_mask
-    if mask is not None:
+    if mask is not None and rows == 1:
+        mask = mask.expand(-1, -1, groups, -1)
+    elif mask is not None:
         mask = mask.expand(-1, groups, -1, -1).reshape(len(mask), 1, groups * rows, -1)
     out = F.scaled_dot_product_attention(stacked, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
     return out.view(batch, heads, rows, -1).transpose(1, 2).contiguous(), None

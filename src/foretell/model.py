@@ -158,12 +158,19 @@ def step_attention(
         mask = mask.expand(len(layouts), 1, -1, -1)
         types = getattr(base.text_config, "layer_types", None)
         return positions, mask if types is None else dict.fromkeys(types, mask)
-    width = layouts[0].width
+    width, masks = layouts[0].width, layouts[0].masks
     cached = torch.tensor(lengths, device=device)[:, None]
-    positions = torch.stack([on_device(layout, device).position_offsets for layout in layouts]) + cached
+    if masks:
+        positions = torch.stack([on_device(layout, device).position_offsets for layout in layouts]) + cached
+    else:
+        positions = torch.arange(width, device=device) + cached
     if base.max_positions is not None:  # filler rows near the end may point past a table of learned positions
         positions = positions.clamp(max=base.max_positions - 1)
-    columns = torch.arange(longest + width, device=device) - cached  # (B, S): below 0 kept, 0..Q-1 new, above no one's
+    columns = torch.arange(longest + width, device=device)
+    if not masks:  # every token lies in the column of its position
+        visible = columns <= positions[:, :, None]
+        return positions, attention_mask(visible, positions, columns[None], base.text_config, dtype)
+    columns = columns - cached  # (B, S): below 0 kept, 0..Q-1 new, above no one's
     new = columns.clamp(0, width - 1)
     visible = torch.stack([on_device(layout, device).visible for layout in layouts])
     visible = visible.gather(2, new[:, None].expand(-1, width, -1)) & (columns < width)[:, None]

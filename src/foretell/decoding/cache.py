@@ -15,14 +15,33 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 
+class Places:
+    """Where a step's rows go, worked out once for all layers."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        self.lengths = lengths  # the cache's own list: one count per sequence
+        self._key: tuple[object, ...] = ()
+        self._index: Tensor | None = None
+
+    def index(self, states: Tensor, rows: int) -> Tensor:
+        """(B * H * rows,) int64: of the new rows of all sequences among those of `states` (.., H, capacity, D_head)."""
+        heads, capacity = states.shape[1:3]
+        key = (heads, capacity, rows, *self.lengths)
+        if self._index is None or key != self._key:
+            columns = torch.tensor(self.lengths)[:, None, None] + torch.arange(rows)
+            first = torch.arange(len(self.lengths) * heads).view(-1, heads, 1) * capacity
+            self._key, self._index = key, (first + columns).flatten().to(states.device)
+        return self._index
+
+
 class StaticLayer(CacheLayerMixin):
     """Keys and values (B, H, capacity, D_head) of one layer; sliding windows keep all and are masked by position."""
 
     is_sliding = False
 
-    def __init__(self, lengths: list[int], capacity: int) -> None:
+    def __init__(self, places: Places, capacity: int) -> None:
         super().__init__()
-        self.lengths = lengths  # the cache's own list: one count per sequence, the same for every layer
+        self.places, self.lengths = places, places.lengths  # the cache's own, the same for every layer
         self.capacity = capacity
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -45,10 +64,9 @@ class StaticLayer(CacheLayerMixin):
             self.keys[:batch, :, end - rows : end] = key_states
             self.values[:batch, :, end - rows : end] = value_states
         else:
-            row = torch.arange(batch, device=key_states.device)[:, None]
-            column = torch.tensor(self.lengths, device=row.device)[:, None] + torch.arange(rows, device=row.device)
-            self.keys[row, :, column] = key_states.transpose(1, 2)
-            self.values[row, :, column] = value_states.transpose(1, 2)
+            index = self.places.index(self.keys, rows)
+            for states, new in ((self.keys, key_states), (self.values, value_states)):
+                states.view(-1, states.shape[3]).index_copy_(0, index, new.reshape(-1, states.shape[3]))
         return self.keys[:batch, :, :end], self.values[:batch, :, :end]
 
     def _grow(self, needed: int) -> None:
@@ -93,7 +111,8 @@ class StaticCache(Cache):
 
     def __init__(self, layers: int, capacity: int, batch: int = 1) -> None:
         self.lengths = [0] * batch
-        super().__init__(layers=[StaticLayer(self.lengths, capacity) for _ in range(layers)])
+        places = Places(self.lengths)
+        super().__init__(layers=[StaticLayer(places, capacity) for _ in range(layers)])
 
     def keep(self, rows: Sequence[int]) -> None:
         """Accepts the first `rows[b]` rows of the last step of sequence b."""

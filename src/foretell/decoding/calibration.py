@@ -17,6 +17,7 @@ LIMIT = 6.0  # of a confidence's log-odds, about 0.25 %
 ROUNDS = 3  # of fitting the same blocks
 WINDOW = 32  # blocks whose confidences stand for those to come
 OF_LAST_TEXT = 4  # of them are kept when a new text begins, which may be of another kind
+TEXTS = 16  # whose ends tell how texts end
 FIRST_GUESS = 0.6  # confidence of every draft before anything was seen
 
 
@@ -42,6 +43,7 @@ class Calibration:
         self.covariance = np.diag(self._prior)
         self._coefficients: list[float] = self.mean.tolist()
         self._news: list[tuple[Sequence[float], int]] = []
+        self._reach: dict[tuple[float, ...], list[float]] = {}  # since learning last
 
     def chance(self, logit: float, place: int) -> float:
         """That draft `place`, from 0, holds if those before it do; for the log-odds of its confidence."""
@@ -50,10 +52,13 @@ class Calibration:
 
     def reach(self, logits: Sequence[float]) -> list[float]:
         """Log-odds of the confidences of drafts 1..n -> the chances that the first 0, 1, ... n hold."""
-        reach = [1.0]
-        for place, logit in enumerate(logits):
-            reach.append(reach[-1] * self.chance(logit, place))
-        return reach
+        known = self._reach.get(key := tuple(logits))  # those of the text's own drafts recur
+        if known is None:
+            known = [1.0]
+            for place, logit in enumerate(logits):
+                known.append(known[-1] * self.chance(logit, place))
+            self._reach[key] = known
+        return known
 
     def decided(self, logits: Sequence[float], held: int) -> None:
         """Of drafts with these log-odds (n,) the first `held` held, and the next, if there is one, did not."""
@@ -87,6 +92,7 @@ class Calibration:
                 np.einsum("ni,ij,nj->n", features, self.covariance + np.outer(self.mean, self.mean), features)
             )
         self._coefficients = self.mean.tolist()
+        self._reach.clear()
 
 
 class Experience:
@@ -96,6 +102,7 @@ class Experience:
         self.masks = masks
         self.calibration = Calibration(masks)
         self.lookup = Calibration(masks)  # its log-odds are those of `match_log_odds`
+        self.stopped = 0.5  # share of the latest texts that ended before their limit
         self._recent: deque[list[float]] = deque(maxlen=WINDOW)  # of blocks, log-odds (k,)
         self._found: deque[list[float]] = deque(maxlen=WINDOW)  # of steps, log-odds (n,) of the text's own drafts
 
@@ -109,6 +116,10 @@ class Experience:
         # A block of fewer masks is taken to go on as it ends: its next drafts would be about as sure as its last.
         self._recent.append(logits + [logits[-1]] * (self.masks - len(logits)))
         return logits
+
+    def ended(self, stopped: bool) -> None:
+        """A text ended, before its limit if `stopped`."""
+        self.stopped += (stopped - self.stopped) / TEXTS
 
     def begin_text(self) -> None:
         """Forgets most of what blocks of earlier texts were like; what confidences are worth stays.

@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -55,6 +55,27 @@ class Costs:
     def drafting(self, masks: int) -> NDArray[np.float64]:
         """(k+1,): seconds of making n drafts."""
         return interpolated({0: 0.0, **self.drafts}, np.arange(masks + 1))
+
+
+def of_batch(tables: Mapping[int, Costs], sequences: int) -> Costs:
+    """What so many sequences cost together, from what the numbers in `tables` do, between which it lies."""
+    below = max(size for size in tables if size <= sequences)
+    above = min(size for size in tables if size >= sequences)
+    if below == above:
+        return tables[below]
+    share = (sequences - below) / (above - below)
+
+    def between(kind: str) -> dict[int, float]:
+        one, other = getattr(tables[below], kind), getattr(tables[above], kind)
+        return {width: (1 - share) * one[width] + share * other[width] for width in one if width in other}
+
+    return Costs(between("regular"), between("masked"), between("drafts"))
+
+
+def plain_steps(tables: Mapping[int, Costs], sequences: int) -> NDArray[np.float64]:
+    """(n,): seconds of plain steps of 1, 2, ... n sequences."""
+    sizes = sorted(tables)
+    return np.interp(np.arange(1, sequences + 1), sizes, [tables[size].regular[1] for size in sizes])
 
 
 def interpolated(table: dict[int, float], at: NDArray[np.int64]) -> NDArray[np.float64]:

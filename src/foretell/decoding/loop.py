@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 
 import torch
 from torch import Tensor
@@ -80,8 +80,8 @@ def refilled_steps(
 
     At most `batch_size` are decoded side by side; the next one is taken when an earlier one has ended.
     """
-    waiting = iter(prompts)
-    first = list(islice(waiting, batch_size))
+    waiting = Waiting(prompts)
+    first = waiting.take(batch_size)
     if not first:
         return
     masks = config.masks or model.max_masks
@@ -96,7 +96,7 @@ def refilled_steps(
     try:
         while running:
             begin = time.perf_counter()
-            layouts = aligned(strategy.layouts(running), masks)
+            layouts = aligned(strategy.layouts(running, bool(waiting)), masks)
             if model.base.max_columns is not None and max(cache.lengths) + layouts[0].width > model.base.max_columns:
                 layouts = [plain()] * len(running)
             regular = layouts[0].regular
@@ -112,7 +112,8 @@ def refilled_steps(
             done = []
             for number, (row, layout, (accepted, *chosen)) in enumerate(zip(running, layouts, decided, strict=True)):
                 tokens, ended = stop.cut(row.text, chosen[: min(accepted + 1, row.remaining)])
-                row.remaining = 0 if ended else row.remaining - len(tokens)
+                row.remaining -= len(tokens)
+                row.stopped, row.remaining = ended and row.remaining > 0, 0 if ended else row.remaining
                 row.place += len(tokens)
                 row.text += tokens
                 strategy.decided(row, tokens)
@@ -141,7 +142,7 @@ def refilled_steps(
                 strategy.took(layouts[0], spent + time.perf_counter() - begin)
             else:
                 running = []
-            if joining := list(islice(waiting, batch_size - len(running))):
+            if joining := waiting.take(batch_size - len(running)):
                 longest = max(len(prompt) for _, prompt in joining)
                 fresh = StaticCache(len(model.base.blocks), longest, len(joining))
                 prefill(model, [prompt for _, prompt in joining], fresh)
@@ -156,6 +157,24 @@ def refilled_steps(
         # Also after an error or half a text: the base goes on without hooks.
         if model.adapter.gated:
             model.adapter.remove()
+
+
+class Waiting:
+    """Prompts that wait, one of them taken ahead: true as long as there are any."""
+
+    def __init__(self, prompts: Iterable[tuple[int, Tensor]]) -> None:
+        self._prompts = iter(prompts)
+        self._ahead = list(islice(self._prompts, 1))
+
+    def __bool__(self) -> bool:
+        return bool(self._ahead)
+
+    def take(self, count: int) -> list[tuple[int, Tensor]]:
+        """Up to so many."""
+        taken = list(islice(chain(self._ahead, self._prompts), count))
+        if taken:
+            self._ahead = list(islice(self._prompts, 1))
+        return taken
 
 
 def started(prompts: Sequence[tuple[int, Tensor]], config: DecodeConfig) -> tuple[list[Running], Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import combinations
+from itertools import combinations, groupby
 
 import numpy as np
 
@@ -19,7 +19,7 @@ IN_NEW_TEXT = 8  # steps before the first solution
 TIMED = (16, 64)  # steps of a kind that correct its costs: the fewest, and the most, the latest ones
 PROBE_EVERY = (8, 256)  # steps without masks before some are tried again, `PROBE_RARER` times as many while in vain
 PROBE_RARER = 8
-PROBE_MASKS = 4  # the first drafts tell most
+PROBE_MASKS, FEWEST_PROBED = 4, 2  # the first drafts tell most
 
 
 class Planner:
@@ -47,44 +47,99 @@ class Planner:
         pairs = np.stack([self._verified, self._hung])[:, self._by_pair]
         self._pair_starts = np.flatnonzero(np.append(True, (pairs[:, 1:] != pairs[:, :-1]).any(0)))
         self._pairs = pairs[0, self._pair_starts], pairs[1, self._pair_starts]
-        self._measured, self._drafting = costs.steps(masks), costs.drafting(masks)
         self._ends = np.searchsorted(self._verified, np.arange(masks + 1), side="right")  # of those up to d drafts
+        self._starts = np.append(0, self._ends[:-1])  # of those with d drafts; the first of them hangs no masks
         # (L, k+1): 1 for the tokens that a shape has
         self._there = (np.arange(masks + 1) <= self._verified[:, None]).astype(float)
-        self._took: dict[bool, deque[float]] = {hung: deque(maxlen=TIMED[1]) for hung in (False, True)}
-        self.drafting = self._drafting  # (k+1,): expected of a block of n masks
+        # Of steps with neither drafts nor masks, with drafts alone, with masks: seconds taken, as a share of those measured.
+        self._took: list[deque[float]] = [deque(maxlen=TIMED[1]) for _ in range(3)]
         self.value = np.zeros(masks + 1)
-        self.per_token = float(self._measured[0, 0])
-        self._table = self._measured
+        self._made = np.ones(masks)  # of a block, how often each draft is made
+        self._measured, self._drafting = costs.steps(masks), costs.drafting(masks)
+        self._table, self.per_token = self._measured, float(self._measured[0, 0])
+        self.sequences = self._solved_for = 1
+        self._shares = np.ones(1)  # (n,): see `urgency`
         self._correct_costs()
-        self._weights = self._worth()
-        self._until_solution, self._solve_every = 0, SOLVE_EVERY[0]
+        self._hangs_masks = False
         self._without_masks, self._probe_every = 0, PROBE_EVERY[0]
+        self._until_solution, self._solve_every = 0, SOLVE_EVERY[0]
 
-    def layouts(self, reach: Sequence[Sequence[float]], remaining: Sequence[int]) -> list[Layout]:
-        """One layout per sequence, for the chances (m_b + 1,) that the first 0, 1, ... of its drafts hold and the
-        tokens it may still get."""
+    def reprice(self, costs: Costs, plain: Floats) -> None:
+        """From now on this is what steps cost, and plain ones (n,) of 1, 2, ... n sequences, if n are decoded."""
+        self._measured, self._drafting = costs.steps(self.masks), costs.drafting(self.masks)
+        self.sequences = sequences = len(plain)
+        self._shares = np.maximum(np.diff(plain, prepend=0.0), 0.0) * sequences / plain[-1]
+        self._correct_costs()  # which scales the solution
+        if max(sequences, self._solved_for) >= 2 * min(sequences, self._solved_for):
+            self._until_solution, self._solve_every = 0, SOLVE_EVERY[0]
+
+    @property
+    def plain_seconds(self) -> float:
+        """Of a plain step, as measured."""
+        return float(self._measured[0, 0])
+
+    def layouts(
+        self,
+        reach: Sequence[Sequence[float]],
+        remaining: Sequence[int],
+        urgency: Sequence[float] | None = None,
+    ) -> list[Layout]:
+        """One layout per sequence, for the chances (m_b + 1,) that the first 0, 1, ... of its drafts hold, the
+        tokens it may still get, and what a token of it is worth beside those of others (see `urgency`)."""
         if self._until_solution == 0:
             self._until_solution = self._solve_every
             self._solve_every = min(2 * self._solve_every, SOLVE_EVERY[1])
             self.solve()
         self._until_solution -= 1
         reach = [own[:left] for own, left in zip(reach, remaining, strict=True)]
-        alike = len(reach) == 1 or all(len(own) == 1 for own in reach)  # without drafts all are
-        chosen = [self._best(reach[0])] * len(reach) if alike else self._best_together(reach)
+        if len(reach) == 1:
+            chosen = [self._best(reach[0])]
+        else:
+            chosen = self._best_together(reach, urgency or [1.0] * len(reach))
         if not self._probe(any(self._hung[index] for index in chosen)):
             return [self.shapes[index] for index in chosen]
-        return [Layout(1, (Block(0, min(PROBE_MASKS, self.masks)),))] * len(chosen)
+        most = max(FEWEST_PROBED, PROBE_MASKS // self.sequences)  # of many sequences fewer tell as much
+        return [Layout(1, (Block(0, min(most, self.masks)),))] * len(chosen)
+
+    def urgency(self, remaining: Sequence[int], refilled: bool) -> list[float]:
+        """(B,): seconds that a token less to decode is worth in each sequence, 1 on average.
+
+        A sequence that ends while others go on only makes their steps cheaper; without the one that ends last there
+        would be none. Where texts stop before their limit, which that is can't be known; and if the batch is
+        `refilled` all tokens are worth the same.
+        """
+        urgency = [1.0] * len(remaining)
+        if refilled or len(self._shares) != len(remaining):
+            return urgency
+        known = 1 - self.experience.stopped
+        order = sorted(range(len(remaining)), key=remaining.__getitem__, reverse=True)
+        for _, rows in groupby(enumerate(order), key=lambda item: remaining[item[1]]):
+            places, equal = zip(*rows, strict=True)
+            share = float(self._shares[places[0] : places[-1] + 1].mean())
+            for row in equal:
+                urgency[row] += known * (share - 1.0)
+        return urgency
 
     def _best(self, reach: Sequence[float]) -> int:
         """The best shape for one sequence, for the chances that the first 0, 1, ... of its drafts hold."""
         end = self._ends[len(reach) - 1]
         return int((self._seconds[:end] + self._weights[:end, : len(reach)] @ np.array(reach)).argmin())
 
-    def _best_together(self, reach: Sequence[Sequence[float]]) -> list[int]:
+    def _best_together(self, reach: Sequence[Sequence[float]], urgency: Sequence[float]) -> list[int]:
         """The same for sequences that share a step: all pay for the most drafts and the most masks among them."""
+        # What verifying up to 0, 1, ... drafts gains, for the tokens that may be expected to hold.
+        gained = [0.0]
+        for r in range(1, max(map(len, reach))):
+            held = sum(weight * own[r] for own, weight in zip(reach, urgency, strict=True) if len(own) > r)
+            gained.append(gained[-1] + held * self.per_token / len(reach))
+        if not self._hangs_masks:  # then only the number of drafts is to choose
+            net = self._table[: len(gained), 0] - gained
+            most = int(net.argmin())
+            return [int(self._starts[min(most, len(own) - 1)]) for own in reach]
+        if all(gain <= dearer for gain, dearer in zip(gained[1:], self._dearer[1:], strict=False)):
+            return [self._best([1.0])] * len(reach)
         padded = np.array([[*own, *[0.0] * (self.masks + 1 - len(own))] for own in reach])
-        worth = self._weights @ padded.T  # (L, B)
+        worth = self._weights @ (padded.T * urgency)  # (L, B)
         worth[self._verified[:, None] >= [len(own) for own in reach]] = np.inf
         # Of each sequence, with at most d drafts verified and at most M masks; the rest of its rows is filler.
         most = np.full((*self._table.shape, len(reach)), np.inf)
@@ -100,6 +155,10 @@ class Planner:
         self._until_solution = min(self._until_solution, IN_NEW_TEXT)
         self._without_masks, self._probe_every = 0, PROBE_EVERY[0]
 
+    def probe_soon(self) -> None:
+        """Hang masks at the next step, whether they seem worth it or not."""
+        self._without_masks = self._probe_every
+
     def _probe(self, masks: bool) -> bool:
         """Whether to hang masks although plain decoding seems best: what is never tried is never seen to get better."""
         if masks:
@@ -114,37 +173,39 @@ class Planner:
     def took(self, layout: Layout, drafts: int, seconds: float) -> None:
         """A step of this layout, with the making of so many drafts behind it, took so long."""
         expected = self._measured[layout.regular - 1, layout.masks] + self._drafting[drafts]
-        self._took[layout.masks > 0].append(seconds / expected)
+        self._took[2 if layout.masks else layout.regular > 1].append(seconds / expected)
 
     def _correct_costs(self) -> None:
-        """Steps with masks and steps without cost what they were measured to, times what the latest of them really
-        took: the context is another than in measuring, or the machine was busy then. Lower quartiles, as first steps of
-        a layout and disturbances take longer."""
-        known = [sorted(own)[len(own) // 4] if len(own) >= TIMED[0] else None for own in self._took.values()]
-        plain_factor, masked_factor = (own or next(filter(None, known), 1.0) for own in known)
+        """Plain steps, steps with drafts and steps with masks cost what they were measured to, times what the latest of
+        them really took: the context is another than in measuring, or the machine was busy then. Lower quartiles, as
+        first steps of a layout and disturbances take longer."""
+        known = [sorted(own)[len(own) // 4] if len(own) >= TIMED[0] else None for own in self._took]
+        plain_factor, drafts_factor, masked_factor = (own or next(filter(None, known), 1.0) for own in known)
         scale = plain_factor * self._measured[0, 0] / self._table[0, 0]
         self.per_token, self.value = self.per_token * scale, self.value * scale  # as all costs change, so do these
         self._table = self._measured * masked_factor
-        self._table[:, 0] = self._measured[:, 0] * plain_factor
+        self._table[1:, 0] = self._measured[1:, 0] * drafts_factor
+        self._table[0, 0] = self._measured[0, 0] * plain_factor
         self._seconds = self._table[self._verified, self._hung]
         self._chain = np.diff(self._drafting) * masked_factor  # (k,): seconds of each draft of the sampler chain
+        self._weights = self._worth()
+        self._dearer = (self._table - self._table[0]).min(1)  # (k+1,): what verifying d drafts adds, at least
 
     def solve(self, sweeps: int = SWEEPS) -> None:
         """Relative value iteration over the recent blocks, going on from the last solution (docs/planner.md)."""
         self._correct_costs()
         reach, found = self.experience.recent_reach()  # (N, k+1) each
+        self._solved_for = self.sequences
         if self.stops_early:
             # A draft is worth a token's seconds times the chance that it is reached, and those after it once more.
             self.floor = float(self._chain.mean()) / self.per_token / 2
-            made = (reach[:, :-1] >= self.floor).mean(0)
-            self.drafting = np.append(0.0, np.cumsum(self._chain * made))
-        else:
-            self.drafting = np.append(0.0, np.cumsum(self._chain))
-        starts = np.append(0, self._ends[:-1])
+            together = max(1, len(reach) // self.sequences)  # batches that the recent blocks make
+            reached = [own.mean(0) for own in np.array_split(reach[:, :-1], together)]
+            self._made = (np.array(reached) >= self.floor).mean(0)
         for _ in range(sweeps):
             worth = self._worth().T
             scores = reach @ worth + self._seconds  # (N, L)
-            best = np.minimum.reduceat(scores, starts, axis=1)  # (N, k+1) by drafts verified
+            best = np.minimum.reduceat(scores, self._starts, axis=1)  # (N, k+1) by drafts verified
             best = np.minimum.accumulate(best, axis=1)  # with n drafts at hand up to n may be verified
             if found[:, 1:].any():  # or what the text itself gives, which is there with any n
                 best = np.minimum(best, (found @ worth + self._seconds).min(1, keepdims=True))
@@ -153,6 +214,12 @@ class Planner:
             self.per_token += value[0] / float(reach.sum(1).mean())
             self.value = (self.value + value - value[0]) / 2  # half a step: whole ones may swing between states
         self._weights = self._worth()
+        self._hangs_masks = bool((self.value + self.drafting).min() < 0)  # whether any block is worth its drafting
+
+    @property
+    def drafting(self) -> Floats:
+        """(k+1,): seconds expected of making the drafts of a block of n masks."""
+        return np.append(0.0, np.cumsum(self._chain * self._made))
 
     def _worth(self) -> Floats:
         """(L, k+1): what S_r, the chance that the first r drafts hold, adds to a step's seconds by every shape.

@@ -1,4 +1,4 @@
-"""A model's planners: one per number of sequences, sharing what decoding has taught, kept from text to text."""
+"""A model's planner, kept from text to text with what decoding has taught it."""
 
 from __future__ import annotations
 
@@ -8,33 +8,43 @@ import torch
 
 from foretell.config import DecodeConfig
 from foretell.decoding.calibration import Experience
-from foretell.decoding.costs import costs
+from foretell.decoding.costs import Costs, costs, of_batch, plain_steps
+from foretell.decoding.pausing import Pause
 from foretell.decoding.planner import Planner
 from foretell.decoding.strategies import Adaptive, Fixed, Strategy
 from foretell.model import MTPModel
 
 # By the settings that decide how likely drafts hold and what they cost; a model takes its planners with it.
-_planners: WeakKeyDictionary[MTPModel, dict[tuple[object, ...], Planners]] = WeakKeyDictionary()
+_plannings: WeakKeyDictionary[MTPModel, dict[tuple[object, ...], Planning]] = WeakKeyDictionary()
 
 
-class Planners:
-    """Planners of one model in one manner of drafting."""
+class Planning:
+    """The planner of one model in one manner of drafting, with what steps of any number of sequences cost."""
 
     def __init__(self, model: MTPModel, config: DecodeConfig) -> None:
         self.config = config
         self.experience = Experience(config.masks or model.max_masks)
-        self._by_size: dict[int, Planner] = {}
+        self.pause = Pause()
+        self._costs: dict[int, Costs] = {}  # by number of sequences, as measured
+        self._sequences = 1  # that the planner now plans for
+        self._planner: Planner | None = None
 
     def prepare(self, model: MTPModel, sequences: int) -> None:
-        """For batches of up to the next power of two; the first of a size may have to time some steps."""
-        size = 1 << (sequences - 1).bit_length()
-        if size not in self._by_size:
+        """For batches of up to the next power of two: where such steps and those of one sequence were not timed yet,
+        they are now, so that nothing is timed in the midst of decoding."""
+        for size in {1, 1 << (sequences - 1).bit_length()} - self._costs.keys():
+            self._costs[size] = costs(model, self.config, size)
+        if self._planner is None:
             stops_early = model.base.device.type == "cpu"  # elsewhere each look at a confidence would hold up the queue
-            self._by_size[size] = Planner(costs(model, self.config, size), self.experience, stops_early)
+            self._planner = Planner(self._costs[1], self.experience, stops_early)
 
     def planner(self, sequences: int) -> Planner:
-        """That of the nearest size prepared: as sequences leave a batch, nothing is timed in the midst of decoding."""
-        return self._by_size[min(size for size in self._by_size if size >= sequences)]
+        """For so many sequences: as some leave a batch, the steps of the others get cheaper."""
+        assert self._planner is not None
+        if sequences != self._sequences:
+            self._sequences = sequences
+            self._planner.reprice(of_batch(self._costs, sequences), plain_steps(self._costs, sequences))
+        return self._planner
 
 
 def strategy_of(model: MTPModel, config: DecodeConfig, sequences: int) -> Strategy:
@@ -43,9 +53,10 @@ def strategy_of(model: MTPModel, config: DecodeConfig, sequences: int) -> Strate
         return Fixed(config.strategy, config.masks or model.max_masks)
     place = (model.base.device, model.base.dtype, torch.get_num_threads(), model.compiled is not None)
     drafting = (config.masks, config.use_sampler, config.shortlist, config.drafts, config.lookup, config.temperature)
-    of_model = _planners.setdefault(model, {})
-    planners = of_model.setdefault((*place, *drafting), Planners(model, config))
-    planners.prepare(model, sequences)
-    planners.experience.begin_text()
-    planners.planner(sequences).begin_text()
-    return Adaptive(planners.planner, planners.experience, config.lookup)
+    of_model = _plannings.setdefault(model, {})
+    planning = of_model.setdefault((*place, *drafting), Planning(model, config))
+    planning.prepare(model, sequences)
+    planning.experience.begin_text()
+    planning.planner(sequences).begin_text()
+    planning.pause.begin_text(sequences)
+    return Adaptive(planning.planner, planning.experience, config.lookup, pause=planning.pause)

@@ -13,6 +13,7 @@ from torch import Tensor
 from foretell.decoding.calibration import Calibration, Experience, log_odds
 from foretell.decoding.draft import GoOn
 from foretell.decoding.lookup import Found, TextLookup, match_log_odds
+from foretell.decoding.pausing import Pause
 from foretell.decoding.planner import Planner
 from foretell.layout import Block, Layout, linear, plain, quadratic
 
@@ -26,6 +27,7 @@ class Running:
     text: list[int]  # prompt and tokens decided
     place: int = 0  # tokens decided
     drafts: int = 0  # drafts at hand
+    stopped: bool = False  # before its limit
 
 
 class Strategy(Protocol):
@@ -36,8 +38,11 @@ class Strategy(Protocol):
         """For one block of every sequence: whether more drafts are worth making, see `Drafter`; None: always."""
         ...
 
-    def layouts(self, running: Sequence[Running]) -> list[Layout]:
-        """The next step's layout of every sequence; the loop fills them up to one batch."""
+    def layouts(self, running: Sequence[Running], refilled: bool = False) -> list[Layout]:
+        """The next step's layout of every sequence; the loop fills them up to one batch.
+
+        `refilled`: other prompts wait to take the place of those that end.
+        """
         ...
 
     def decided(self, row: Running, tokens: Sequence[int]) -> None:
@@ -64,7 +69,7 @@ class Fixed:
     masks: int
     go_on: ClassVar[None] = None
 
-    def layouts(self, running: Sequence[Running]) -> list[Layout]:
+    def layouts(self, running: Sequence[Running], refilled: bool = False) -> list[Layout]:
         return [next_layout(self.name, row.drafts, self.masks, row.remaining) for row in running]
 
     def decided(self, row: Running, tokens: Sequence[int]) -> None:
@@ -101,14 +106,25 @@ class Adaptive:
     reach: dict[int, list[float]] = field(default_factory=dict)  # chances that the first 0, 1, ... drafts at hand hold
     texts: dict[int, TextLookup] = field(default_factory=dict)
     floor: float = 0.0  # of the chance that all drafts made so far hold
+    pause: Pause | None = None  # None: it never pauses
+    paused: bool = False
     planning: Planner | None = None  # who planned the last step
     made: int = 0  # drafts of the masks behind it
+    urgency: dict[int, float] = field(default_factory=dict)  # of the sequences in the last step
+    gained: float = 0.0  # tokens of the last step, weighted so
 
-    def layouts(self, running: Sequence[Running]) -> list[Layout]:
+    def layouts(self, running: Sequence[Running], refilled: bool = False) -> list[Layout]:
+        self.planning = planner = self.planner(len(running))
+        self.paused = self.pause is not None and self.pause.paused()
+        if self.paused:
+            return [plain()] * len(running)
+        if self.pause is not None and self.pause.first_of_trial:
+            planner.probe_soon()
         reach = [self.reach[row.sequence] if row.drafts else [1.0] for row in running]
         remaining = [row.remaining for row in running]
-        self.planning = planner = self.planner(len(running))
-        layouts, self.floor = planner.layouts(reach, remaining), planner.floor
+        urgency = planner.urgency(remaining, refilled)
+        self.urgency, self.gained = dict(zip((row.sequence for row in running), urgency, strict=True)), 0.0
+        layouts, self.floor = planner.layouts(reach, remaining, urgency), planner.floor
         return [within(layout, left) for layout, left in zip(layouts, remaining, strict=True)]
 
     @property
@@ -120,11 +136,12 @@ class Adaptive:
         def likely(confidences: Tensor) -> bool:
             sure = [self.experience.calibration.chance(log_odds(c), len(reach)) for c in confidences.tolist()]
             reach.append([a * b for a, b in zip(sure, reach[-1], strict=True)] if reach else sure)
-            return max(reach[-1]) >= self.floor
+            return sum(reach[-1]) >= self.floor * len(reach[-1])  # all pay, and gain what they do on average
 
         return likely
 
     def decided(self, row: Running, tokens: Sequence[int]) -> None:
+        self.gained += len(tokens) * self.urgency.get(row.sequence, 1.0)
         still_open = []
         for block in self.open.get(row.sequence, ()):
             expected = block.drafts[block.held : block.held + len(tokens)]
@@ -136,11 +153,14 @@ class Adaptive:
                 still_open.append(block)
         self.open[row.sequence] = still_open
         if not row.remaining:  # others may take its place for hours
+            self.experience.ended(row.stopped)
             for kept in (self.open, self.reach, self.texts):
                 kept.pop(row.sequence, None)
 
     def drafted(self, running: Sequence[Running], drafts: Tensor, confidences: Tensor | None) -> Tensor:
         self.made = drafts.shape[1]
+        if self.paused:
+            return drafts
         made: list[list[float]] = [[] for _ in running]
         sure = made
         if confidences is not None:
@@ -153,8 +173,16 @@ class Adaptive:
         return torch.tensor([own + [0] * (most - len(own)) for own, _ in chosen], device=drafts.device)
 
     def took(self, layout: Layout, seconds: float) -> None:
-        if self.planning is not None:
+        if self.planning is None:
+            return
+        if not self.paused:
             self.planning.took(layout, self.made, seconds)
+        if self.pause is not None:
+            sequences, share = self.planning.sequences, seconds / self.planning.plain_seconds
+            if self.paused:
+                self.pause.rested(sequences, share)
+            else:
+                self.pause.worked(sequences, share, self.gained / sequences)
 
     def _choose(self, row: Running, made: Sequence[float], confidences: Sequence[float]) -> tuple[list[int], bool]:
         """The drafts of which more should hold: those of the masks, or those of the text itself (then True)."""

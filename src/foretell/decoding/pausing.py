@@ -1,0 +1,103 @@
+"""Whether several tokens per step pay at all here: adaptive decoding should never be slower than plain decoding."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict, deque
+
+FIRST = 4  # plain steps that tell what such a step takes, before anything else
+LATEST = 16  # plain steps whose lower quartile counts
+RENEWED = 512  # steps without a pause after which plain steps are timed again
+TRIAL = 3  # steps before a pause, at least
+SURE = 1.5  # standard deviations, roughly, that losses must be away from none
+EXPECTED = 4.0  # squared plain steps: what one step may well gain that nothing has been seen of yet
+PAUSES = (32, 1024)  # steps, at least and at most
+MAY_COST = 0.02  # of plain decoding's time, what trials in vain may take; half as much each time that they fail
+IN_NEW_TEXT = 1 / 4  # of a pause, how long it goes on for at most in a new text, which may be of another kind
+FADES = 1 - 1 / 64  # weight of the sums below from step to step
+
+
+class Pause:
+    """Compares steps that look for drafts, plan and learn with plain steps that do nothing of the kind, both by the
+    clock, and pauses the former where they lose.
+
+    It trusts no table and no calibration, so that whatever they get wrong costs little. A trial ends once its losses,
+    against plain steps for the tokens it gave, outweigh what chance makes of them.
+    """
+
+    def __init__(self) -> None:
+        # Of plain steps, by the power of two of their sequences: seconds taken, as a share of those measured.
+        self._plain: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=LATEST))
+        self._paused, self._left = False, 0  # whether, and for how many steps
+        self._for_text = PAUSES[0]
+        self._failed = 0  # trials, since one went well
+        self._since_pause = 0
+        self._try_anew()
+
+    def begin_text(self, sequences: int) -> None:
+        """Before the first step of one or more texts."""
+        if len(self._plain[size_class(sequences)]) < FIRST:
+            self._pause(FIRST)
+        elif self._paused:
+            self._left = min(self._left, self._for_text)
+        else:
+            self._try_anew()
+
+    def paused(self) -> bool:
+        """Whether the next step should be a plain one without anything else; to be asked once before each step."""
+        if not self._paused and self._since_pause >= RENEWED:
+            self._pause(FIRST)
+        if self._paused:
+            self._left -= 1
+            if self._left < 0:
+                self._paused = False
+                self._try_anew()
+        return self._paused
+
+    @property
+    def first_of_trial(self) -> bool:
+        """Whether no step has been counted since the last pause."""
+        return not self._steps and not self._warm
+
+    def rested(self, sequences: int, share: float) -> None:
+        """A plain step during a pause took this share of the seconds measured for it."""
+        self._plain[size_class(sequences)].append(share)
+
+    def worked(self, sequences: int, share: float, tokens: float) -> None:
+        """Another step took so many times the seconds measured for a plain one, and gave so many tokens a sequence."""
+        self._since_pause += 1
+        lost = share / self._plain_share(sequences) - tokens  # in plain steps
+        self._cost += lost
+        if not self._warm:  # it found no drafts, and made some for the next
+            self._warm = True
+            return
+        self._steps += 1
+        self._lost = FADES * self._lost + lost
+        self._squares = FADES * self._squares + lost**2
+        if self._steps < TRIAL:
+            return
+        if self._lost > SURE * math.sqrt(self._squares + EXPECTED / sequences):
+            steps = int(min(max(PAUSES[0], self._cost / MAY_COST * 2**self._failed), PAUSES[1]))
+            self._failed, self._for_text = self._failed + 1, int(IN_NEW_TEXT * steps)
+            self._pause(steps)
+        elif self._steps >= PAUSES[0] and self._lost < 0:
+            self._failed = 0
+
+    def _plain_share(self, sequences: int) -> float:
+        own = size_class(sequences)
+        known = [size for size, shares in self._plain.items() if shares]
+        if not known:
+            return 1.0
+        shares = sorted(self._plain[min(known, key=lambda size: abs(size - own))])
+        return shares[len(shares) // 4]
+
+    def _pause(self, steps: int) -> None:
+        self._paused, self._left, self._since_pause = True, steps, 0
+
+    def _try_anew(self) -> None:
+        self._warm, self._steps, self._lost, self._squares, self._cost = False, 0, 0.0, 0.0, 0.0
+
+
+def size_class(sequences: int) -> int:
+    """0 for one, 1 for two, 2 for three and four, and so on."""
+    return (sequences - 1).bit_length()
