@@ -107,3 +107,25 @@ def test_leaving_moves_only_the_last_row() -> None:
     new = torch.zeros(2, 1, 1, 2)
     keys, _ = cache.layers[0].update(new, new)
     assert keys[:, 0, :, 0].tolist() == [[3, 3, 3, 0], [2, 2, 0, 2]]  # row 1 keeps 2, then the new row, then leftovers
+
+
+@pytest.mark.parametrize("lengths", [[4, 4], [3, 0, 5, 1]])
+def test_rows_are_written_behind_what_each_sequence_keeps(lengths: list[int]) -> None:
+    """Against the definition, row by row; layers may differ in heads, and values in size; the second call grows."""
+    cache = StaticCache(2, capacity=7, batch=len(lengths))
+    cache.keep(lengths)
+    generator = torch.Generator().manual_seed(0)
+    for rows in (2, 4, 4):
+        for heads, layer in zip((1, 3), cache.layers, strict=True):
+            before = [None if states is None else states.clone() for states in (layer.keys, layer.values)]
+            new = [torch.randn(len(lengths), rows, heads, size, generator=generator).transpose(1, 2) for size in (4, 6)]
+            found = layer.update(*new)
+            for old, states, given in zip(before, found, new, strict=True):
+                assert states.shape[2] == max(lengths) + rows
+                for b, length in enumerate(lengths):
+                    assert torch.equal(states[b, :, length : length + rows], given[b])
+                    if old is not None:
+                        assert torch.equal(states[b, :, :length], old[b, :, :length])
+    cache.keep([1] * len(lengths))
+    keys, _ = cache.layers[0].update(torch.ones(len(lengths), 1, 1, 4), torch.ones(len(lengths), 1, 1, 6))
+    assert [int(keys[b, 0, length + 1, 0]) for b, length in enumerate(lengths)] == [1] * len(lengths)

@@ -16,12 +16,13 @@ from .models import CONFIGS, random_prompt, tiny_lm
 
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("masks", [1, 2])
-def test_as_transformers_own(groups: int, masks: int) -> None:
+@pytest.mark.parametrize("rows", [1, 5])
+def test_as_transformers_own(groups: int, masks: int, rows: int) -> None:
     """Masks for the whole batch and for each sequence."""
     torch.manual_seed(0)
-    query = torch.randn(2, 2 * groups, 5, 8)
+    query = torch.randn(2, 2 * groups, rows, 8)
     key, value = torch.randn(2, 2, 11, 8), torch.randn(2, 2, 11, 8)
-    mask = torch.where(torch.rand(masks, 1, 5, 11) < 0.6, 0.0, torch.finfo(torch.float32).min)
+    mask = torch.where(torch.rand(masks, 1, rows, 11) < 0.6, 0.0, torch.finfo(torch.float32).min)
     mask[..., 0] = 0
     module = SimpleNamespace(num_key_value_groups=groups, is_causal=True)
     expected, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.3)

@@ -13,7 +13,7 @@ import torch
 from foretell.config import DecodeConfig
 from foretell.decoding import costs as costs_module
 from foretell.decoding.calibration import Calibration, Experience, log_odds
-from foretell.decoding.costs import Costs, costs, interpolated, masked_layout
+from foretell.decoding.costs import Costs, costs, interpolated, masked_layout, of_batch, plain_steps
 from foretell.decoding.planner import Planner, shapes
 from foretell.decoding.strategies import Adaptive, Running
 from foretell.evaluation.acceptance_profiles import named_profile
@@ -126,6 +126,75 @@ def test_a_batch_gets_the_best_shapes_there_are(seed: int) -> None:
     assert planner._table[wide] + mean == pytest.approx(best[0])
 
 
+def test_drafts_alone_are_weighed_as_all_shapes_are() -> None:
+    """Where masks are worth nothing the short way gives what the long one gives."""
+    random = np.random.default_rng(0)
+    experience = Experience(4)
+    for _ in range(300):  # a drafter that is sure and always wrong
+        experience.calibration.decided(experience.made([0.9] * 4), 0)
+    planner = Planner(noisy_costs(4, COSTS["135M"], 0.0, random), experience)
+    planner.solve(300)
+    assert not planner._hangs_masks
+    verified = []
+    for _ in range(50):
+        reach = [np.cumprod([1.0, *random.uniform(0.1, 1, random.integers(0, 5))]).tolist() for _ in range(5)]
+        urgency = random.uniform(0, 2, 5).tolist()
+        short = planner._best_together(reach, urgency)
+        planner._hangs_masks, planner._dearer = True, planner._dearer * 0 - 1.0  # which rules the short ways out
+        long = planner._best_together(reach, urgency)
+        planner._hangs_masks = False
+        planner._correct_costs()
+        assert [planner.shapes[index] for index in short] == [planner.shapes[index] for index in long]
+        verified += [planner.shapes[index].regular - 1 for index in short]
+    assert 0 < sum(verified) and min(verified) == 0
+
+
+def test_the_sequence_that_ends_last_is_the_most_urgent() -> None:
+    """Steps of 1, 2 and 3 sequences take 4, 5 and 6: without the last there would be four sixths less to do."""
+    experience = Experience(4)
+    planner = Planner(noisy_costs(4, COSTS["1B"], 0.0, np.random.default_rng(0)), experience)
+    planner.reprice(noisy_costs(4, COSTS["1B"], 0.0, np.random.default_rng(0)), np.array([4.0, 5.0, 6.0]))
+    experience.stopped = 0.0
+    assert planner.urgency([10, 90, 20], False) == pytest.approx([0.5, 2.0, 0.5])
+    assert planner.urgency([10, 90, 90], False) == pytest.approx([0.5, 1.25, 1.25])
+    assert planner.urgency([10, 90, 20], True) == [1.0] * 3  # another takes its place
+    for _ in range(200):
+        experience.ended(True)
+    assert planner.urgency([10, 90, 20], False) == pytest.approx([1.0] * 3, abs=1e-3)  # nobody knows the last
+
+
+def test_drafts_of_an_urgent_sequence_are_verified_before_others() -> None:
+    planner = Planner(noisy_costs(4, COSTS["135M"], 0.0, np.random.default_rng(0)), Experience(4))
+    planner.solve(50)
+    reach = [[1.0], [1.0, 0.25], [1.0], [1.0]]
+    for urgency, drafts in (([1.0] * 4, 0), ([0.1, 3.7, 0.1, 0.1], 1)):
+        assert [layout.regular - 1 for layout in planner.layouts(reach, [100] * 4, urgency)] == [0, drafts, 0, 0]
+
+
+def test_other_numbers_of_sequences_cost_what_lies_between() -> None:
+    tables = {
+        1: Costs({1: 1.0, 3: 2.0}, {2: 2.0, 9: 4.0}, {8: 1.0}),
+        4: Costs({1: 4.0, 3: 5.0}, {2: 8.0, 9: 10.0}, {8: 4.0}),
+        8: Costs({1: 4.0, 3: 6.0}, {2: 8.0}, {8: 4.0}),
+    }
+    assert of_batch(tables, 4) is tables[4]
+    assert of_batch(tables, 3) == Costs({1: 3.0, 3: 4.0}, {2: 6.0, 9: 8.0}, {8: 3.0})
+    assert of_batch(tables, 6) == Costs({1: 4.0, 3: 5.5}, {2: 8.0}, {8: 4.0})
+    assert plain_steps(tables, 5).tolist() == [1.0, 2.0, 3.0, 4.0, 4.0]
+
+
+def test_a_solution_is_scaled_to_fewer_sequences_and_soon_renewed() -> None:
+    experience = Experience(4)
+    costs_of = {size: Costs({1: size}, {2: 1.1 * size, 25: 3.0 * size}, {4: 0.0}) for size in (1.0, 4.0)}
+    planner = Planner(costs_of[4.0], experience)
+    planner.solve(100)
+    before, value = planner.per_token, planner.value.copy()
+    planner.reprice(costs_of[1.0], np.ones(1))
+    assert planner.per_token == pytest.approx(before / 4) and planner.value == pytest.approx(value / 4)
+    planner.solve(100)
+    assert planner.per_token == pytest.approx(before / 4)
+
+
 def test_costs_follow_what_steps_really_take() -> None:
     """Measured where masks seemed cheap: once they prove dear, fewer are hung, and none if they are not worth it."""
     cheap = noisy_costs(8, COSTS["idle"], 0.0, np.random.default_rng(0))
@@ -141,9 +210,11 @@ def test_costs_follow_what_steps_really_take() -> None:
     assert planner._table[0, 8] == masked_seconds  # one odd step, or seven, is no rule
     for _ in range(64):
         planner.took(plain(), 0, 2.0)  # a machine half as fast
+        planner.took(plain(2), 0, 2.4)
         planner.took(Layout(1, (Block(0, 8),)), 0, 2.0 * 5.0)
     planner.solve(300)
     assert planner._table[0, 0] == pytest.approx(2.0 * plain_seconds)
+    assert planner._table[1, 0] == pytest.approx(2.4)
     assert planner._table[0, 8] == pytest.approx(10.0) and planner._table[3, 8] > 10.0
     (after,) = planner.layouts([[1.0]], [1000])
     assert before.masks > 0 and after.masks == 0
@@ -316,7 +387,7 @@ def test_drafting_goes_on_by_what_confidences_turned_out_to_be_worth() -> None:
         assert go_on is not None
         return next((n for n in range(1, 5) if not go_on(torch.tensor([0.1, 0.5]))), 4)
 
-    assert made() == 3  # of the sequence that fares best: 0.5, 0.25, 0.125
+    assert made() == 2  # of both sequences on average: 0.3, 0.13
     teach(experience.calibration, [([0.0] * 4, 4)] * 300)
     assert made() == 4
     assert Adaptive(lambda sequences: planner, experience).go_on is None

@@ -1,0 +1,159 @@
+"""Pausing where adaptive decoding loses: what it costs, what it must not interrupt, and when it is tried anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+
+from foretell.decoding.calibration import Experience
+from foretell.decoding.pausing import FIRST, IN_NEW_TEXT, PAUSES, RENEWED, Pause
+from foretell.decoding.planner import Planner
+from foretell.decoding.strategies import Adaptive, Running
+from foretell.evaluation.optimum import by_width
+from foretell.evaluation.simulation import noisy_costs
+from foretell.layout import plain
+
+PLAIN = 0.8  # a plain step's seconds, as a share of those measured
+
+
+@dataclass
+class Course:
+    """What became of some steps."""
+
+    paused: list[bool] = field(default_factory=list)
+    seconds: float = 0.0
+    tokens: float = 0.0
+
+    @property
+    def speed(self) -> float:
+        """In tokens per plain step's time."""
+        return self.tokens / (self.seconds / PLAIN)
+
+
+def follow(
+    pause: Pause, step: Callable[[], tuple[float, float]], steps: int, sequences: int = 1, text: int = 10**9
+) -> Course:
+    """`step` gives the seconds of a working step, as a share of those measured for a plain one, and its tokens."""
+    course = Course()
+    for number in range(steps):
+        if number % text == 0:
+            pause.begin_text(sequences)
+        course.paused.append(pause.paused())
+        seconds, tokens = (PLAIN, 1.0) if course.paused[-1] else step()
+        if course.paused[-1]:
+            pause.rested(sequences, seconds)
+        else:
+            pause.worked(sequences, seconds, tokens)
+        course.seconds, course.tokens = course.seconds + seconds, course.tokens + tokens
+    return course
+
+
+@pytest.mark.parametrize("sequences", [1, 16])
+@pytest.mark.parametrize("text", [64, 10**9])
+@pytest.mark.parametrize("share", [1.15, 1.5, 3.0])
+def test_losing_costs_little(share: float, text: int, sequences: int) -> None:
+    course = follow(Pause(), lambda: (share * PLAIN, 1.0), 4000, sequences, text)
+    assert course.speed > 0.96
+    assert 0.005 < 1 - np.mean(course.paused)  # it is tried again and again
+
+
+def test_what_never_tries_would_lose_more() -> None:
+    """The measure of the other tests can fail: without pauses the same steps are as slow as they are."""
+    course = follow(Pause(), lambda: (1.5 * PLAIN, 1.5), 2000)
+    assert np.mean(course.paused) < 0.1
+    slow = Course(seconds=2000 * 1.5 * PLAIN, tokens=2000)
+    assert slow.speed == pytest.approx(1 / 1.5)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_gains_that_vary_much_are_hardly_interrupted(seed: int) -> None:
+    """Three plain steps' time for one token or for eight: a quarter faster on average, after bad runs of any length."""
+    random = np.random.default_rng(seed)
+    course = follow(Pause(), lambda: (3 * PLAIN, 8.0 if random.random() < 0.4 else 1.0), 4000, text=100)
+    assert course.speed > 1.17
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_noise_of_the_clock_hardly_interrupts(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    course = follow(Pause(), lambda: (1.2 * PLAIN * float(np.exp(0.3 * random.standard_normal())), 1.5), 4000)
+    assert np.mean(course.paused) < 0.1
+
+
+def test_what_turns_out_well_is_found_out() -> None:
+    """A stream of hopeless texts, then one where every step gives three tokens in the time of two."""
+    pause = Pause()
+    assert np.mean(follow(pause, lambda: (1.5 * PLAIN, 1.0), 2000, text=100).paused) > 0.9
+    course = follow(pause, lambda: (2 * PLAIN, 3.0), 1000, text=1000)
+    assert course.paused.index(False) <= IN_NEW_TEXT * PAUSES[1]
+    assert sum(course.paused[300:]) <= 2 * FIRST
+
+
+def test_plain_steps_are_timed_before_anything_else_and_now_and_then() -> None:
+    pause = Pause()
+    course = follow(pause, lambda: (2 * PLAIN, 3.0), RENEWED + 100)
+    assert course.paused[: FIRST + 1] == [True] * FIRST + [False]
+    assert course.paused.count(True) == 2 * FIRST
+    again = follow(pause, lambda: (2 * PLAIN, 3.0), 50)
+    assert not any(again.paused)
+    more = follow(pause, lambda: (2 * PLAIN, 3.0), 50, sequences=8)  # of such batches nothing is known
+    assert more.paused.count(True) == FIRST
+
+
+def test_a_slower_machine_is_not_taken_for_losses() -> None:
+    """All steps take twice as long from some time on: plain ones are timed again before long."""
+    pause = Pause()
+    follow(pause, lambda: (2 * PLAIN, 3.0), 100)
+    slow = 0
+    for _ in range(2000):
+        paused = pause.paused()
+        slow += paused
+        if paused:
+            pause.rested(1, 2 * PLAIN)
+        else:
+            pause.worked(1, 4 * PLAIN, 3.0)
+    assert slow < 300
+
+
+def adaptive(pause: Pause | None) -> Adaptive:
+    experience = Experience(3)
+    costs = noisy_costs(3, by_width({1: 1.0, 16: 1.1}), 0.0, np.random.default_rng(0))
+    planner = Planner(costs, experience)
+    return Adaptive(lambda sequences: planner, experience, pause=pause)
+
+
+def test_a_pause_does_nothing_but_plain_steps() -> None:
+    pause = Pause()
+    strategy, row = adaptive(pause), Running(0, 100, [1, 2, 3] * 3)
+    pause.begin_text(1)
+    for _ in range(FIRST):
+        assert strategy.layouts([row]) == [plain()]
+        drafts = torch.empty((1, 0), dtype=torch.long)
+        assert strategy.drafted([row], drafts, None) is drafts and not strategy.texts
+        strategy.took(plain(), 0.8)
+    (layout,) = strategy.layouts([row])
+    assert layout.masks  # a trial begins with masks
+    strategy.drafted([row], torch.tensor([[7, 8, 9]]), torch.full((1, 3), 0.5))
+    assert strategy.texts
+
+
+def test_trials_begin_with_masks_and_losing_ones_end() -> None:
+    """By what strategy and pause tell each other: steps that verify nothing that holds, three times as long as plain."""
+    pause = Pause()
+    strategy, row = adaptive(pause), Running(0, 10**6, list(range(50)))
+    pause.begin_text(1)
+    kinds = []
+    for _ in range(200):
+        (layout,) = strategy.layouts([row])
+        kinds.append("pause" if strategy.paused else "work")
+        strategy.decided(row, [99])
+        row.text.append(99 + len(row.text))
+        row.drafts = 0
+        strategy.drafted([row], torch.empty((1, 0), dtype=torch.long), None)
+        strategy.took(layout, 1.0 if strategy.paused else 3.0)
+    assert kinds[:FIRST] == ["pause"] * FIRST
+    assert 2 <= kinds[FIRST:].count("work") < 20
