@@ -57,8 +57,8 @@ def follow(
 @pytest.mark.parametrize("share", [1.15, 1.5, 3.0])
 def test_losing_costs_little(share: float, text: int, sequences: int) -> None:
     course = follow(Pause(), lambda: (share * PLAIN, 1.0), 4000, sequences, text)
-    assert course.speed > 0.96
-    assert 0.005 < 1 - np.mean(course.paused)  # it is tried again and again
+    assert course.speed > 0.95
+    assert 1 - np.mean(course.paused) > 0.005  # it is tried again and again
 
 
 def test_what_never_tries_would_lose_more() -> None:
@@ -142,7 +142,7 @@ def test_a_pause_does_nothing_but_plain_steps() -> None:
 
 
 def test_trials_begin_with_masks_and_losing_ones_end() -> None:
-    """By what strategy and pause tell each other: steps that verify nothing that holds, three times as long as plain."""
+    """By what strategy and pause tell each other: steps that give one token, three times as long as plain ones."""
     pause = Pause()
     strategy, row = adaptive(pause), Running(0, 10**6, list(range(50)))
     pause.begin_text(1)

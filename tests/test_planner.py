@@ -146,7 +146,7 @@ def test_drafts_alone_are_weighed_as_all_shapes_are() -> None:
         planner._correct_costs()
         assert [planner.shapes[index] for index in short] == [planner.shapes[index] for index in long]
         verified += [planner.shapes[index].regular - 1 for index in short]
-    assert 0 < sum(verified) and min(verified) == 0
+    assert sum(verified) > 0 and min(verified) == 0
 
 
 def test_the_sequence_that_ends_last_is_the_most_urgent() -> None:

@@ -11,8 +11,8 @@ RENEWED = 512  # steps without a pause after which plain steps are timed again
 TRIAL = 3  # steps before a pause, at least
 SURE = 1.5  # standard deviations, roughly, that losses must be away from none
 EXPECTED = 4.0  # squared plain steps: what one step may well gain that nothing has been seen of yet
-PAUSES = (32, 1024)  # steps, at least and at most
-MAY_COST = 0.02  # of plain decoding's time, what trials in vain may take; half as much each time that they fail
+PAUSES = (32, 1024)  # steps: the first, and the longest; each is `LONGER` times as long as the last, while trials fail
+LONGER = 4
 IN_NEW_TEXT = 1 / 4  # of a pause, how long it goes on for at most in a new text, which may be of another kind
 FADES = 1 - 1 / 64  # weight of the sums below from step to step
 
@@ -32,7 +32,8 @@ class Pause:
         self._for_text = PAUSES[0]
         self._failed = 0  # trials, since one went well
         self._since_pause = 0
-        self._try_anew()
+        # Of a trial: whether its first step is over, its other steps, and sums over them.
+        self._warm, self._steps, self._lost, self._squares = False, 0, 0.0, 0.0
 
     def begin_text(self, sequences: int) -> None:
         """Before the first step of one or more texts."""
@@ -66,18 +67,17 @@ class Pause:
     def worked(self, sequences: int, share: float, tokens: float) -> None:
         """Another step took so many times the seconds measured for a plain one, and gave so many tokens a sequence."""
         self._since_pause += 1
-        lost = share / self._plain_share(sequences) - tokens  # in plain steps
-        self._cost += lost
         if not self._warm:  # it found no drafts, and made some for the next
             self._warm = True
             return
+        lost = share / self._plain_share(sequences) - tokens  # in plain steps
         self._steps += 1
         self._lost = FADES * self._lost + lost
         self._squares = FADES * self._squares + lost**2
         if self._steps < TRIAL:
             return
         if self._lost > SURE * math.sqrt(self._squares + EXPECTED / sequences):
-            steps = int(min(max(PAUSES[0], self._cost / MAY_COST * 2**self._failed), PAUSES[1]))
+            steps = min(PAUSES[0] * LONGER**self._failed, PAUSES[1])
             self._failed, self._for_text = self._failed + 1, int(IN_NEW_TEXT * steps)
             self._pause(steps)
         elif self._steps >= PAUSES[0] and self._lost < 0:
@@ -95,7 +95,7 @@ class Pause:
         self._paused, self._left, self._since_pause = True, steps, 0
 
     def _try_anew(self) -> None:
-        self._warm, self._steps, self._lost, self._squares, self._cost = False, 0, 0.0, 0.0, 0.0
+        self._warm, self._steps, self._lost, self._squares = False, 0, 0.0, 0.0
 
 
 def size_class(sequences: int) -> int:

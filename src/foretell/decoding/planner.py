@@ -51,7 +51,7 @@ class Planner:
         self._starts = np.append(0, self._ends[:-1])  # of those with d drafts; the first of them hangs no masks
         # (L, k+1): 1 for the tokens that a shape has
         self._there = (np.arange(masks + 1) <= self._verified[:, None]).astype(float)
-        # Of steps with neither drafts nor masks, with drafts alone, with masks: seconds taken, as a share of those measured.
+        # Of steps with neither drafts nor masks, with drafts alone, with masks: seconds, as a share of those measured.
         self._took: list[deque[float]] = [deque(maxlen=TIMED[1]) for _ in range(3)]
         self.value = np.zeros(masks + 1)
         self._made = np.ones(masks)  # of a block, how often each draft is made
@@ -134,8 +134,8 @@ class Planner:
             gained.append(gained[-1] + held * self.per_token / len(reach))
         if not self._hangs_masks:  # then only the number of drafts is to choose
             net = self._table[: len(gained), 0] - gained
-            most = int(net.argmin())
-            return [int(self._starts[min(most, len(own) - 1)]) for own in reach]
+            drafts = int(net.argmin())
+            return [int(self._starts[min(drafts, len(own) - 1)]) for own in reach]
         if all(gain <= dearer for gain, dearer in zip(gained[1:], self._dearer[1:], strict=False)):
             return [self._best([1.0])] * len(reach)
         padded = np.array([[*own, *[0.0] * (self.masks + 1 - len(own))] for own in reach])
