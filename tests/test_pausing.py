@@ -61,12 +61,9 @@ def test_losing_costs_little(share: float, text: int, sequences: int) -> None:
     assert 1 - np.mean(course.paused) > 0.005  # it is tried again and again
 
 
-def test_what_never_tries_would_lose_more() -> None:
-    """The measure of the other tests can fail: without pauses the same steps are as slow as they are."""
+def test_what_neither_gains_nor_loses_is_left_alone() -> None:
     course = follow(Pause(), lambda: (1.5 * PLAIN, 1.5), 2000)
     assert np.mean(course.paused) < 0.1
-    slow = Course(seconds=2000 * 1.5 * PLAIN, tokens=2000)
-    assert slow.speed == pytest.approx(1 / 1.5)
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -13,7 +13,7 @@ import torch
 from foretell.config import DecodeConfig
 from foretell.decoding import costs as costs_module
 from foretell.decoding.calibration import Calibration, Experience, log_odds
-from foretell.decoding.costs import Costs, costs, interpolated, masked_layout, of_batch, plain_steps
+from foretell.decoding.costs import Costs, costs, interpolated, masked_layout
 from foretell.decoding.planner import Planner, shapes
 from foretell.decoding.strategies import Adaptive, Running
 from foretell.evaluation.acceptance_profiles import named_profile
@@ -79,120 +79,6 @@ def test_plain_where_nothing_holds_wide_where_width_is_free_narrow_where_it_is_d
 def test_unsure_drafts_are_not_verified() -> None:
     sure = [0.95, 0.95, 0.95, 0.02, 0.9, 0.9, 0.9, 0.9]
     assert planned("135M", sure, 8).regular == 4
-
-
-def test_a_batch_shares_one_shape() -> None:
-    experience = Experience(4)
-    planner = Planner(noisy_costs(4, COSTS["1B"], 0.0, np.random.default_rng(0)), experience)
-    reach = [[1.0, 0.99, 0.87, 0.76, 0.67], [1.0], [1.0, 0.9]]
-    layouts = planner.layouts(reach, [100, 100, 1])
-    assert [layout.regular for layout in layouts][1:] == [1, 1]  # no drafts at hand; one token left
-    assert layouts[0].regular > 1
-
-
-def test_equal_sequences_are_planned_as_one() -> None:
-    """The same costs for the whole batch and the same drafts in every row: the number of rows changes nothing."""
-    experience = Experience(8)
-    for _ in range(32):
-        experience.made([0.6] * 8)
-    planner = Planner(noisy_costs(8, COSTS["135M"], 0.0, np.random.default_rng(0)), experience)
-    planner.solve(300)
-    reach = np.cumprod([1.0, 0.9, 0.7, 0.5, 0.5, 0.4]).tolist()
-    (alone,) = planner.layouts([reach], [1000])
-    assert alone.regular > 1 and alone.masks
-    assert planner.layouts([reach] * 16, [1000] * 16) == [alone] * 16
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_a_batch_gets_the_best_shapes_there_are(seed: int) -> None:
-    """By trying every number of drafts and masks that the widest sequence may have."""
-    random = np.random.default_rng(seed)
-    planner = Planner(noisy_costs(4, COSTS["135M"], 0.1, random), Experience(4))
-    planner.solve(50)
-    planner.layouts([[1.0]], [100])  # the first step solves once more
-    reach = [np.cumprod([1.0, *random.uniform(0.2, 1, random.integers(0, 5))]).tolist() for _ in range(3)]
-    verified = np.array([shape.regular - 1 for shape in planner.shapes])
-    masks = np.array([shape.masks for shape in planner.shapes])
-    worth = np.array([planner._weights[:, : len(own)] @ own for own in reach]).T
-    best = (np.inf, [0, 0, 0])
-    for d, m in {(int(d), int(m)) for d in verified for m in masks}:
-        fits = [(verified <= d) & (masks <= m) & (verified < len(own)) for own in reach]
-        chosen = [int(np.where(fit, own, np.inf).argmin()) for fit, own in zip(fits, worth.T, strict=True)]
-        mean = np.mean([own[index] for own, index in zip(worth.T, chosen, strict=True)])
-        best = min(best, (planner._table[d, m] + mean, chosen))
-    found = planner.layouts(reach, [100] * 3)
-    wide = max(shape.regular for shape in found) - 1, max(shape.masks for shape in found)
-    mean = np.mean([own[planner.shapes.index(shape)] for own, shape in zip(worth.T, found, strict=True)])
-    assert planner._table[wide] + mean == pytest.approx(best[0])
-
-
-def test_drafts_alone_are_weighed_as_all_shapes_are() -> None:
-    """Where masks are worth nothing the short way gives what the long one gives."""
-    random = np.random.default_rng(0)
-    experience = Experience(4)
-    for _ in range(300):  # a drafter that is sure and always wrong
-        experience.calibration.decided(experience.made([0.9] * 4), 0)
-    planner = Planner(noisy_costs(4, COSTS["135M"], 0.0, random), experience)
-    planner.solve(300)
-    assert not planner._hangs_masks
-    verified = []
-    for _ in range(50):
-        reach = [np.cumprod([1.0, *random.uniform(0.1, 1, random.integers(0, 5))]).tolist() for _ in range(5)]
-        urgency = random.uniform(0, 2, 5).tolist()
-        short = planner._best_together(reach, urgency)
-        planner._hangs_masks, planner._dearer = True, planner._dearer * 0 - 1.0  # which rules the short ways out
-        long = planner._best_together(reach, urgency)
-        planner._hangs_masks = False
-        planner._correct_costs()
-        assert [planner.shapes[index] for index in short] == [planner.shapes[index] for index in long]
-        verified += [planner.shapes[index].regular - 1 for index in short]
-    assert sum(verified) > 0 and min(verified) == 0
-
-
-def test_the_sequence_that_ends_last_is_the_most_urgent() -> None:
-    """Steps of 1, 2 and 3 sequences take 4, 5 and 6: without the last there would be four sixths less to do."""
-    experience = Experience(4)
-    planner = Planner(noisy_costs(4, COSTS["1B"], 0.0, np.random.default_rng(0)), experience)
-    planner.reprice(noisy_costs(4, COSTS["1B"], 0.0, np.random.default_rng(0)), np.array([4.0, 5.0, 6.0]))
-    experience.stopped = 0.0
-    assert planner.urgency([10, 90, 20], False) == pytest.approx([0.5, 2.0, 0.5])
-    assert planner.urgency([10, 90, 90], False) == pytest.approx([0.5, 1.25, 1.25])
-    assert planner.urgency([10, 90, 20], True) == [1.0] * 3  # another takes its place
-    for _ in range(200):
-        experience.ended(True)
-    assert planner.urgency([10, 90, 20], False) == pytest.approx([1.0] * 3, abs=1e-3)  # nobody knows the last
-
-
-def test_drafts_of_an_urgent_sequence_are_verified_before_others() -> None:
-    planner = Planner(noisy_costs(4, COSTS["135M"], 0.0, np.random.default_rng(0)), Experience(4))
-    planner.solve(50)
-    reach = [[1.0], [1.0, 0.25], [1.0], [1.0]]
-    for urgency, drafts in (([1.0] * 4, 0), ([0.1, 3.7, 0.1, 0.1], 1)):
-        assert [layout.regular - 1 for layout in planner.layouts(reach, [100] * 4, urgency)] == [0, drafts, 0, 0]
-
-
-def test_other_numbers_of_sequences_cost_what_lies_between() -> None:
-    tables = {
-        1: Costs({1: 1.0, 3: 2.0}, {2: 2.0, 9: 4.0}, {8: 1.0}),
-        4: Costs({1: 4.0, 3: 5.0}, {2: 8.0, 9: 10.0}, {8: 4.0}),
-        8: Costs({1: 4.0, 3: 6.0}, {2: 8.0}, {8: 4.0}),
-    }
-    assert of_batch(tables, 4) is tables[4]
-    assert of_batch(tables, 3) == Costs({1: 3.0, 3: 4.0}, {2: 6.0, 9: 8.0}, {8: 3.0})
-    assert of_batch(tables, 6) == Costs({1: 4.0, 3: 5.5}, {2: 8.0}, {8: 4.0})
-    assert plain_steps(tables, 5).tolist() == [1.0, 2.0, 3.0, 4.0, 4.0]
-
-
-def test_a_solution_is_scaled_to_fewer_sequences_and_soon_renewed() -> None:
-    experience = Experience(4)
-    costs_of = {size: Costs({1: size}, {2: 1.1 * size, 25: 3.0 * size}, {4: 0.0}) for size in (1.0, 4.0)}
-    planner = Planner(costs_of[4.0], experience)
-    planner.solve(100)
-    before, value = planner.per_token, planner.value.copy()
-    planner.reprice(costs_of[1.0], np.ones(1))
-    assert planner.per_token == pytest.approx(before / 4) and planner.value == pytest.approx(value / 4)
-    planner.solve(100)
-    assert planner.per_token == pytest.approx(before / 4)
 
 
 def test_costs_follow_what_steps_really_take() -> None:
