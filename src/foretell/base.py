@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from foretell import quantised
 from foretell.attention import AttentionMask
 from foretell.errors import ForetellError, reason_of
 from foretell.grouped_attention import can_group, grouped
+from foretell.lean import LeanSteps, make_of
 from foretell.mapped import give_back, separate
 from foretell.packed import pack, why_not
 
@@ -53,6 +54,8 @@ class Base(nn.Module):
         self._statistics: tuple[Tensor, float] | None = None
         self._load_again: Callable[[], PreTrainedModel] | None = None  # once its linears are packed
         self._unpacked: PreTrainedModel | None = None
+        self.lean: LeanSteps | None = None  # once its linears are packed, if it is of the make
+        self._by_modules = False
 
     @property
     def quantised(self) -> str:
@@ -89,6 +92,7 @@ class Base(nn.Module):
             )
         separate([*self.lm.parameters(), self.head.weight])  # of what is left, only rows are read
         give_back()
+        self.lean = make_of(self)
 
     def unpacked(self) -> PreTrainedModel:
         """The model as transformers loads it, to compare with: itself, or, if its linears are packed, loaded again."""
@@ -122,6 +126,14 @@ class Base(nn.Module):
         cache: Cache | None = None,
     ) -> Tensor:
         """(B, Q, E) -> z (B, Q, D), after the final norm. Without a mask: causal over what is cached."""
+        if (
+            (lean := self.lean) is not None
+            and not self._by_modules
+            and positions is not None
+            and cache is not None
+            and lean.can_run(embeddings.shape[1], mask)
+        ):
+            return lean.latents(embeddings, positions, mask, cache)
         step = mask is not None or embeddings.shape[1] == 1
         group = self._groups and step and self.text_config._attn_implementation == "sdpa"
         cached = {} if cache is None else {str(self.cache_argument): cache}
@@ -134,6 +146,15 @@ class Base(nn.Module):
                 **cached,
             )
         return out.last_hidden_state
+
+    @contextmanager
+    def by_modules(self) -> Iterator[None]:
+        """Within this context latents come from the decoder's own modules, also where lean steps would do."""
+        before, self._by_modules = self._by_modules, True
+        try:
+            yield
+        finally:
+            self._by_modules = before
 
     def unembed(self, latents: Tensor) -> Tensor:
         """(..., D) -> logits (..., V), with the scale or soft cap of those bases that have one."""

@@ -288,7 +288,7 @@ def _adding(fused: FusedLowRank, regular: int) -> Callable[[Tensor, Tensor], Non
     """What adapts the rows from `regular` on, of one sequence."""
 
     def add(x: Tensor, made: Tensor) -> None:
-        fused.add_to(made.view(1, -1, made.shape[-1])[:, regular:], x.reshape(1, -1, x.shape[-1])[:, regular:])
+        fused.add_to(made.view(1, -1, made.shape[-1]), x.reshape(1, -1, x.shape[-1]), regular)
 
     return add
 

@@ -126,7 +126,8 @@ class CompiledSteps:
             tail.append(torch.empty(regular + 1))
         self.run = Running(form, cache.layers, tail)
         try:
-            return self.base.latents(embeddings, positions, mask, cache)
+            with self.base.by_modules():
+                return self.base.latents(embeddings, positions, mask, cache)
         finally:
             self.run = None
 
@@ -140,7 +141,8 @@ class CompiledSteps:
         form = form_of(regular, width)
         self.compiled_now = CompiledNow(form, regular, length + width)
         try:
-            yield
+            with self.base.by_modules():
+                yield
             if not all(form in block.graphs for block in self.blocks):
                 raise ForetellError("its decoder does not call its blocks once each in every step")
         finally:

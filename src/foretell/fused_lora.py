@@ -13,7 +13,8 @@ from foretell import packed
 from foretell.packed import PackedProduct
 
 SPELLED_OUT = 2**16  # numbers of a B up to which a compiled graph is faster without a product for it
-DIAGONAL = 2**19  # numbers of packed B's along a diagonal; above, the zeros between them cost more than calls
+# Numbers of B's along a diagonal, packed and as stored; above, the zeros between them cost more than calls.
+DIAGONAL, STORED_DIAGONAL = 2**19, 2**17
 
 
 def worth_packing(a: Tensor, bs: Sequence[Tensor]) -> bool:
@@ -24,7 +25,7 @@ def worth_packing(a: Tensor, bs: Sequence[Tensor]) -> bool:
 
 
 class FusedLowRank:
-    """s·B·A·x of linears that are one product: A's one below the other, packed B's along a diagonal if they are small.
+    """s·B·A·x of linears that are one product: A's one below the other, B's along a diagonal if they are small.
 
     Small A's are joined to the product itself, which then makes A·x with what it makes anyway. What is packed, joined
     or of several linears is a copy, which does not change when the adapters do.
@@ -52,7 +53,7 @@ class FusedLowRank:
         self.dtype, self.rank, self.spelled_out = a.dtype, ends[-1], False
         self._separate = self.places, bs
         self.packed = worth_packing(a, bs)
-        if self.packed and len(sizes) > 1 and starts[-1] * ends[-1] <= DIAGONAL:
+        if len(sizes) > 1 and starts[-1] * ends[-1] <= (DIAGONAL if self.packed else STORED_DIAGONAL):
             diagonal = a.new_zeros(starts[-1], ends[-1])
             for (rows, columns), b in zip(self.places, bs, strict=True):
                 diagonal[rows, columns] = b
@@ -82,23 +83,22 @@ class FusedLowRank:
             self.a, *tensors = tensors
         self.bs = tensors
 
-    def add_to(self, out: Tensor, x: Tensor) -> None:
-        """out (B, n, sum of d_out) += s·B·A·x (B, n, d_in), in place, without autograd.
+    def add_to(self, out: Tensor, x: Tensor, first: int = 0) -> None:
+        """out (B, n, sum of d_out) += s·B·A·x (B, n, d_in) in the rows from `first` on, in place, without autograd.
 
         If A is joined, out is followed by A·x: (B, n, sum of d_out + r).
         """
-        alone = not self.packed and len(x) == 1
+        alone = not self.packed and len(x) == 1 and not self.spelled_out
+        out, x = (out[0, first:], x[0, first:]) if alone else (out[:, first:], x[:, first:])
         if self.a is None:
             narrow = out[..., -self.rank :]
-        elif self.packed:
-            narrow = packed.product(x, self.a)
         else:
-            narrow = (x[0] @ self.a)[None] if alone else x @ self.a
+            narrow = packed.product(x, self.a) if self.packed else x @ self.a
         for (rows, columns), b in zip(self.places, self.bs, strict=True):
             of_part = narrow[..., columns]
             if self.spelled_out:
                 out[..., rows].add_(sum(of_part[..., i : i + 1] * row for i, row in enumerate(b)), alpha=self.scale)
-            elif alone:  # here a call costs less than the zeros of a diagonal
-                out[0, :, rows].addmm_(of_part[0], b, alpha=self.scale)
+            elif alone:
+                out[:, rows].addmm_(of_part, b, alpha=self.scale)
             else:
                 out[..., rows].add_(packed.product(of_part, b) if self.packed else of_part @ b, alpha=self.scale)

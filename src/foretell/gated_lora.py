@@ -117,7 +117,7 @@ class GatedLoRA(nn.Module):
             # Decoding as `_adapt` does it, in as little Python as can be: every linear of every step.
             whole = x.ndim == 3 and x.shape[1] == self._width and isinstance(output, Tensor)
             if fused is not None and regular and whole and x.dtype == fused.dtype and not torch.is_grad_enabled():
-                fused.add_to(output[:, regular:], x[:, regular:])
+                fused.add_to(output, x, regular)
                 return None
             if isinstance(output, tuple):  # a mixture may return its router's scores too
                 return self._adapt(adapter, args[0], output[0]), *output[1:]
@@ -204,7 +204,7 @@ class GatedLoRA(nn.Module):
         def add_low_rank(x: Tensor, output: Tensor) -> None:
             regular = self._regular
             if regular is not None:
-                fused.add_to(self._by_step(output)[:, regular:], self._by_step(x)[:, regular:])
+                fused.add_to(self._by_step(output), self._by_step(x), regular)
 
         return add_low_rank
 

@@ -149,18 +149,24 @@ class PackedProduct:
     def part(self, x: Tensor, index: int) -> Tensor:
         """What linear number `index` makes of x; the product is made when the first of them asks."""
         if len(self.sizes) == 1:
-            made = self._make(x)
+            made = self.make(x)
             return made[..., : self.sizes[0]] if self.joined else made
         kept = self._made  # in one piece: another thread's x may take its place at any time
         if kept is None or kept[0] is not x or index not in kept[1]:
-            parts = self._make(x).split([*self.sizes, self.joined], -1)
+            parts = self.make(x).split(self.parts, -1)
             kept = self._made = x, dict(enumerate(parts[:-1]))
         part = kept[1].pop(index)
         if not kept[1]:
             self._made = None  # all have theirs
         return part
 
-    def _make(self, x: Tensor) -> Tensor:
+    @property
+    def parts(self) -> list[int]:
+        """Columns of what `make` gives: of every linear, then of the rows joined to them."""
+        return [*self.sizes, self.joined]
+
+    def make(self, x: Tensor) -> Tensor:
+        """x (..., d_in) -> what all linears make of it side by side, and x times the rows joined to them."""
         made = (product if self.blocked else F.linear)(x, self.weight, self.bias)
         for add in self.added:
             add(x, made)

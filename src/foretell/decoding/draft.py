@@ -20,7 +20,7 @@ def largest(scores: Tensor, mask: int) -> Tensor:
     return scores.argmax(-1)
 
 
-LARGE_VOCABULARY, SHORTLIST = 16384, 64
+LARGE_VOCABULARY, SHORTLIST = 2048, 64
 ALONG = 2  # blocks' worth of masks
 
 
