@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Cache
 
 from foretell import mapped
+from foretell.attention import AttentionMask
 from foretell.base import Base
 from foretell.config import DecodeConfig
 from foretell.decoding import loop
@@ -22,6 +24,7 @@ from foretell.decoding.pick import Picker
 from foretell.errors import ForetellError
 from foretell.evaluation.step_cost import StepBench, alternate, now
 from foretell.layout import quadratic
+from foretell.lean import LeanSteps
 from foretell.model import MTPModel, step_attention
 from foretell.packed import PackedLinear
 
@@ -124,11 +127,24 @@ class TimedDrafter:
             return self.drafter(latents, before, sequences, places, logits, go_on)
 
 
+class TimedLean(LeanSteps):
+    """A base's lean steps on the stopwatch."""
+
+    def __init__(self, lean: LeanSteps, watch: Stopwatch) -> None:
+        self.__dict__.update(lean.__dict__)
+        self.watch = watch
+
+    def latents(self, embeddings: Tensor, positions: Tensor, mask: AttentionMask | None, cache: Cache) -> Tensor:
+        with self.watch.section(FORWARD):
+            return super().latents(embeddings, positions, mask, cache)
+
+
 @contextmanager
 def watched(model: MTPModel, watch: Stopwatch) -> Iterator[None]:
     """Puts the base's blocks and its unembedding on the stopwatch."""
-    handles, sections = [], []
-    for module, name in ((model.base.decoder, FORWARD), (model.base.head, UNEMBED)):
+    handles, sections, lean = [], [], model.base.lean
+    decoder = [(model.base.decoder, FORWARD)] if lean is None else []  # its hooks would keep lean steps from running
+    for module, name in (*decoder, (model.base.head, UNEMBED)):
 
         def enter(*_: Any, name: str = name) -> None:
             sections.append(watch.section(name))
@@ -139,8 +155,11 @@ def watched(model: MTPModel, watch: Stopwatch) -> Iterator[None]:
 
         handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
     try:
+        if lean is not None:
+            model.base.lean = TimedLean(lean, watch)
         yield
     finally:
+        model.base.lean = lean
         for handle in handles:
             handle.remove()
 
