@@ -20,6 +20,7 @@ from foretell import __version__
 from foretell.config import DecodeConfig
 from foretell.decoding.cache import StaticCache
 from foretell.decoding.draft import draft, reads_along, shortlist_size
+from foretell.decoding.pick import Picker
 from foretell.hardware import device_name
 from foretell.layout import Block, Layout, plain
 from foretell.model import MTPModel
@@ -148,7 +149,7 @@ def _key(model: MTPModel, config: DecodeConfig, batch: int) -> str:
     facts = [
         __version__, torch.__version__, model.base.fingerprint(), model.base.packed, model.base.dtype, device.type,
         model.compiled is not None, machine, platform.machine(), torch.get_num_threads(), model.config.to_dict(), batch,
-        config.masks, config.use_sampler, shortlist_size(model, config.shortlist),
+        config.masks, config.use_sampler, shortlist_size(model, config.shortlist), config.temperature > 0,
     ]  # fmt: skip
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
 
@@ -174,8 +175,9 @@ def measure(model: MTPModel, config: DecodeConfig, batch: int = 1, widths: Seque
     layouts: dict[tuple[str, int], Layout] = {("regular", w): plain(w) for w in regular if w <= masks + 1}
     layouts |= {("masked", w): masked_layout(w, masks) for w in sorted(set(masked)) if 2 <= w <= room}
     latents = prompt.new_zeros((batch, masks, model.base.d_model), dtype=model.base.dtype)
+    picker = Picker(config)
     tasks: dict[tuple[str, int], Callable[[], object]] = {
-        key: partial(_step, model, config, layout, cache, batch) for key, layout in layouts.items()
+        key: partial(_step, model, config, picker, layout, cache, batch) for key, layout in layouts.items()
     }
     before = prompt[:1].expand(batch, 2)
     logits = model.base.unembed(latents) if reads_along(model, config, 0) else None  # for all: `_step` reads the rest
@@ -214,13 +216,16 @@ def masked_layout(width: int, masks: int) -> Layout:
     return Layout(regular, tuple(blocks))
 
 
-def _step(model: MTPModel, config: DecodeConfig, layout: Layout, cache: StaticCache, batch: int) -> None:
+def _step(
+    model: MTPModel, config: DecodeConfig, picker: Picker, layout: Layout, cache: StaticCache, batch: int
+) -> None:
     """As the loop does one; a surviving block whose logits were not read along is read here."""
     ids = torch.zeros((batch, layout.regular), dtype=torch.long, device=model.base.device)
     latents = model.step(ids, [layout] * batch, cache, cache.lengths)
     along = reads_along(model, config, layout.masks)
     logits = model.base.unembed(latents if along else latents[:, : layout.regular])
-    logits[:, : layout.regular].float().argmax(-1).tolist()
+    rows = range(batch * layout.regular)
+    picker.pick(logits[:, : layout.regular].flatten(0, 1).float(), rows, rows).tolist()
     if reads_along(model, config, 0) and not along:
         model.base.unembed(latents[:, : config.masks or model.max_masks])
 

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from foretell.config import DecodeConfig
-from foretell.decoding.pick import Picker
+from foretell.decoding.pick import Picker, first_largest
 from foretell.model import MTPModel
 from foretell.packed import PackedLinear
 
 
 def largest(scores: Tensor, mask: int) -> Tensor:
     """(B, V or m) -> (B,): the likeliest token."""
-    return scores.argmax(-1)
+    return first_largest(scores)
 
 
 LARGE_VOCABULARY, SHORTLIST = 2048, 64

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict, deque
+from collections.abc import Sequence
 
 FIRST = 4  # plain steps that tell what such a step takes, before anything else
 LATEST = 16  # plain steps whose lower quartile counts
@@ -15,6 +16,7 @@ PAUSES = (32, 1024)  # steps: the first, and the longest; each is `LONGER` times
 LONGER = 4
 IN_NEW_TEXT = 1 / 4  # of a pause, how long it goes on for at most in a new text, which may be of another kind
 FADES = 1 - 1 / 64  # weight of the sums below from step to step
+NEWEST = 1 / 2  # weight of the last batch in what tokens of such a batch are worth
 
 
 class Pause:
@@ -32,6 +34,7 @@ class Pause:
         self._for_text = PAUSES[0]
         self._failed = 0  # trials, since one went well
         self._since_pause = 0
+        self._worth: dict[int, float] = {}  # of a token in batches that are not refilled, by power of two
         # Of a trial: whether its first step is over, its other steps, and sums over them.
         self._warm, self._steps, self._lost, self._squares = False, 0, 0.0, 0.0
 
@@ -59,6 +62,15 @@ class Pause:
     def first_of_trial(self) -> bool:
         """Whether no step has been counted since the last pause."""
         return not self._steps and not self._warm
+
+    def worth(self, sequences: int) -> float:
+        """Plain steps that a token counted by `worked` saves, in batches that are not refilled: see `Batch`."""
+        return self._worth.get(size_class(sequences), 1.0)
+
+    def learn_worth(self, sequences: int, worth: float) -> None:
+        """What it was in such a batch."""
+        before = self._worth.get(size_class(sequences), worth)
+        self._worth[size_class(sequences)] = before + NEWEST * (worth - before)
 
     def rested(self, sequences: int, share: float) -> None:
         """A plain step during a pause took this share of the seconds measured for it."""
@@ -96,6 +108,43 @@ class Pause:
 
     def _try_anew(self) -> None:
         self._warm, self._steps, self._lost, self._squares = False, 0, 0.0, 0.0
+
+
+class Batch:
+    """A batch that is not refilled, from its first step on: what its tokens were worth shows when all have ended.
+
+    Step by step a token is taken for its share of a plain step. But the batch takes as long as its longest text, and a
+    step of a few sequences hardly less than one of many, so tokens of the texts that end early save next to nothing.
+    """
+
+    def __init__(self, plain: Sequence[float]) -> None:
+        """plain (n,): seconds of plain steps of 1, 2, ... n sequences."""
+        self.plain = [float(seconds) for seconds in plain]
+        self.lengths: list[int] = []  # of the texts that have ended
+        self.rested, self.worked = 0.0, 0.0  # seconds of plain steps that paused and other steps were counted as
+
+    def step(self, sequences: int, tokens: float, paused: bool) -> None:
+        """A step gave so many tokens a sequence."""
+        seconds = self.plain[sequences - 1] * tokens
+        if paused:
+            self.rested += seconds
+        else:
+            self.worked += seconds
+
+    @property
+    def whole(self) -> bool:
+        """Whether all texts have ended."""
+        return len(self.lengths) == len(self.plain)
+
+    @property
+    def worth(self) -> float | None:
+        """Seconds that plain decoding would have taken for the tokens of steps that were not paused, as a share of
+        what they were counted as; None if those were less than half of it all."""
+        if self.worked <= self.rested:
+            return None
+        steps = zip(sorted(self.lengths), [0, *sorted(self.lengths)], range(len(self.plain), 0, -1), strict=False)
+        seconds = sum((length - before) * self.plain[sequences - 1] for length, before, sequences in steps)
+        return max(0.0, seconds - self.rested) / self.worked
 
 
 def size_class(sequences: int) -> int:

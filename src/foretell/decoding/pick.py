@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
@@ -25,6 +26,8 @@ from transformers import (
 )
 
 from foretell.config import DecodeConfig
+
+BELOW_ONE = 1 - 2**-24  # the largest fp32 number there
 
 
 class Picker:
@@ -69,9 +72,9 @@ class Picker:
         """logits (N, V) -> tokens (N,) int64: row n is for place `places[n]` (0: first new token) of `sequences[n]`."""
         scores = self.scores(logits, texts)
         if self.greedy:
-            return scores.argmax(-1)
-        waits = [self._waits(*key, logits.shape[-1], logits.device) for key in zip(sequences, places, strict=True)]
-        return (scores - torch.stack(waits).log()).argmax(-1)
+            return first_largest(scores)
+        keys = [self._key(*key) for key in zip(sequences, places, strict=True)]
+        return first_largest(scores - log_waits(keys, logits.shape[-1], logits.device))
 
     def scores(self, logits: Tensor, texts: Sequence[Tensor] | None = None) -> Tensor:
         """logits (N, V) -> what is chosen from, (N, V), with the text before each row's token if processors read it."""
@@ -84,9 +87,32 @@ class Picker:
             logits = torch.stack(rows)
         return logits if self.greedy else self.warpers(None, logits.float())
 
-    def _waits(self, sequence: int, place: int, vocab: int, device: torch.device) -> Tensor:
-        """(V,) fp32, Exp(1): the same for the same (seed, sequence, place)."""
+    def _key(self, sequence: int, place: int) -> int:
+        """63 bits: the same for the same (seed, sequence, place)."""
         seed, sequence = (self.seed, sequence) if self.seed_of is None else (self.seed_of(sequence), 0)
         key = hashlib.blake2b(f"{seed}/{sequence}/{place}".encode(), digest_size=8).digest()
-        generator = torch.Generator(device).manual_seed(int.from_bytes(key) >> 1)
-        return torch.empty(vocab, device=device).exponential_(generator=generator)
+        return int.from_bytes(key) >> 1
+
+
+def log_waits(keys: Sequence[int], vocab: int, device: torch.device) -> Tensor:
+    """(N, V) fp32: logarithms of Exp(1) draws, a row for each key.
+
+    On a CPU from numpy's generators, ten times as fast as torch's. They draw 53 bits: among tens of thousands of
+    numbers of 24 bits one would now and then be zero, and its token would win whatever its chance.
+    """
+    if device.type != "cpu":
+        rows = []
+        for key in keys:
+            generator = torch.Generator(device).manual_seed(key)
+            rows.append(torch.empty(vocab, device=device).exponential_(generator=generator))
+        return torch.stack(rows).log_()
+    uniform = np.empty((len(keys), vocab))
+    for row, key in zip(uniform, keys, strict=True):
+        np.random.Generator(np.random.SFC64(key)).random(out=row)
+    # Small ones stay exact in fp32; one that would be rounded to 1 would never arrive.
+    return torch.from_numpy(uniform).float().clamp_(max=BELOW_ONE).neg_().log1p_().neg_().log_()
+
+
+def first_largest(scores: Tensor) -> Tensor:
+    """(..., V) -> (...,) int64: `argmax`, of equal ones the first, on a CPU several times as fast."""
+    return scores.max(-1).indices

@@ -17,6 +17,7 @@ SWEEPS = 3  # of value iteration per solution, each going on from the last
 SOLVE_EVERY = (2, 16)  # steps between solutions, doubling from the first to the second
 IN_NEW_TEXT = 8  # steps before the first solution
 TIMED = (16, 64)  # steps of a kind that correct its costs: the fewest, and the most, the latest ones
+PLAIN_TIMED = 4  # the fewest of plain ones, which are all alike
 PROBE_EVERY = (8, 256)  # steps without masks before some are tried again, `PROBE_RARER` times as many while in vain
 PROBE_RARER = 8
 PROBE_MASKS, FEWEST_PROBED = 4, 2  # the first drafts tell most
@@ -58,6 +59,7 @@ class Planner:
         self._measured, self._drafting = costs.steps(masks), costs.drafting(masks)
         self._table, self.per_token = self._measured, float(self._measured[0, 0])
         self.sequences = self._solved_for = 1
+        self.plain: Floats = self._measured[0, :1]  # (n,): seconds of a plain step of 1, 2, ... n sequences
         self._shares = np.ones(1)  # (n,): see `urgency`
         self._correct_costs()
         self._hangs_masks = False
@@ -67,6 +69,7 @@ class Planner:
     def reprice(self, costs: Costs, plain: Floats) -> None:
         """From now on this is what steps cost, and plain ones (n,) of 1, 2, ... n sequences, if n are decoded."""
         self._measured, self._drafting = costs.steps(self.masks), costs.drafting(self.masks)
+        self.plain = plain
         self.sequences = sequences = len(plain)
         self._shares = np.maximum(np.diff(plain, prepend=0.0), 0.0) * sequences / plain[-1]
         self._correct_costs()  # which scales the solution
@@ -177,9 +180,12 @@ class Planner:
 
     def _correct_costs(self) -> None:
         """Plain steps, steps with drafts and steps with masks cost what they were measured to, times what the latest of
-        them really took: the context is another than in measuring, or the machine was busy then. Lower quartiles, as
-        first steps of a layout and disturbances take longer."""
-        known = [sorted(own)[len(own) // 4] if len(own) >= TIMED[0] else None for own in self._took]
+        them really took: the context is another than in measuring, or the machine was busy then. Medians, as first
+        steps of a layout and disturbances take longer."""
+        fewest = PLAIN_TIMED, TIMED[0], TIMED[0]
+        known = [
+            sorted(own)[len(own) // 2] if len(own) >= few else None for own, few in zip(self._took, fewest, strict=True)
+        ]
         plain_factor, drafts_factor, masked_factor = (own or next(filter(None, known), 1.0) for own in known)
         scale = plain_factor * self._measured[0, 0] / self._table[0, 0]
         self.per_token, self.value = self.per_token * scale, self.value * scale  # as all costs change, so do these

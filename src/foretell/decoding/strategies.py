@@ -13,7 +13,7 @@ from torch import Tensor
 from foretell.decoding.calibration import Calibration, Experience, log_odds
 from foretell.decoding.draft import GoOn
 from foretell.decoding.lookup import Found, TextLookup, match_log_odds
-from foretell.decoding.pausing import Pause
+from foretell.decoding.pausing import Batch, Pause
 from foretell.decoding.planner import Planner
 from foretell.layout import Block, Layout, linear, plain, quadratic
 
@@ -112,9 +112,18 @@ class Adaptive:
     made: int = 0  # drafts of the masks behind it
     urgency: dict[int, float] = field(default_factory=dict)  # of the sequences in the last step
     gained: float = 0.0  # tokens of the last step, weighted so
+    sequences: int = 0  # in the last step
+    batch: Batch | None = None  # if all texts began together and no others wait
 
     def layouts(self, running: Sequence[Running], refilled: bool = False) -> list[Layout]:
         self.planning = planner = self.planner(len(running))
+        if refilled:
+            self.batch = None
+        elif self.batch is not None:
+            self.batch.step(self.sequences, self.gained / self.sequences, self.paused)
+        elif self.pause is not None and not self.sequences and len(planner.plain) == len(running):
+            self.batch = Batch(planner.plain.tolist())
+        self.sequences, self.gained, self.urgency = len(running), 0.0, {}
         self.paused = self.pause is not None and self.pause.paused()
         if self.paused:
             return [plain()] * len(running)
@@ -123,7 +132,7 @@ class Adaptive:
         reach = [self.reach[row.sequence] if row.drafts else [1.0] for row in running]
         remaining = [row.remaining for row in running]
         urgency = planner.urgency(remaining, refilled)
-        self.urgency, self.gained = dict(zip((row.sequence for row in running), urgency, strict=True)), 0.0
+        self.urgency = dict(zip((row.sequence for row in running), urgency, strict=True))
         layouts, self.floor = planner.layouts(reach, remaining, urgency), planner.floor
         return [within(layout, left) for layout, left in zip(layouts, remaining, strict=True)]
 
@@ -154,6 +163,7 @@ class Adaptive:
         self.open[row.sequence] = still_open
         if not row.remaining:  # others may take its place for hours
             self.experience.ended(row.stopped)
+            self._learn_worth(row.place)
             for kept in (self.open, self.reach, self.texts):
                 kept.pop(row.sequence, None)
 
@@ -175,14 +185,24 @@ class Adaptive:
     def took(self, layout: Layout, seconds: float) -> None:
         if self.planning is None:
             return
-        if not self.paused:
-            self.planning.took(layout, self.made, seconds)
+        self.planning.took(layout, self.made, seconds)
         if self.pause is not None:
             sequences, share = self.planning.sequences, seconds / self.planning.plain_seconds
             if self.paused:
                 self.pause.rested(sequences, share)
             else:
-                self.pause.worked(sequences, share, self.gained / sequences)
+                worth = self.pause.worth(len(self.batch.plain)) if self.batch is not None else 1.0
+                self.pause.worked(sequences, share, worth * self.gained / sequences)
+
+    def _learn_worth(self, length: int) -> None:
+        """A text of so many new tokens has ended."""
+        if self.batch is None or self.pause is None:
+            return
+        self.batch.lengths.append(length)
+        if self.batch.whole:
+            self.batch.step(self.sequences, self.gained / self.sequences, self.paused)
+            if (worth := self.batch.worth) is not None:
+                self.pause.learn_worth(len(self.batch.plain), worth)
 
     def _choose(self, row: Running, made: Sequence[float], confidences: Sequence[float]) -> tuple[list[int], bool]:
         """The drafts of which more should hold: those of the masks, or those of the text itself (then True)."""

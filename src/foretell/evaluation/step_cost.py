@@ -13,6 +13,7 @@ from torch import Tensor
 
 from foretell.decoding.cache import StaticCache
 from foretell.decoding.draft import draft
+from foretell.decoding.pick import first_largest
 from foretell.decoding.verify import accepted_drafts
 from foretell.errors import ForetellError
 from foretell.evaluation.report import Spread
@@ -119,7 +120,7 @@ class StepBench:
 
     def choices(self, latents: Tensor) -> Tensor:
         """(B, R, D) -> the base's choices (B, R)."""
-        return self.model.base.unembed(latents).float().argmax(-1)
+        return first_largest(self.model.base.unembed(latents).float())
 
     @torch.inference_mode()
     def steps(self, layouts: Mapping[str, Layout], rounds: int, *, forward_only: bool = False) -> dict[str, Timing]:
