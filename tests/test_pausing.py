@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from foretell.decoding.calibration import Experience
-from foretell.decoding.pausing import FIRST, IN_NEW_TEXT, PAUSES, RENEWED, Pause
+from foretell.decoding.pausing import Batch, FIRST, IN_NEW_TEXT, PAUSES, RENEWED, Pause
 from foretell.decoding.planner import Planner
 from foretell.decoding.strategies import Adaptive, Running
 from foretell.evaluation.optimum import by_width
@@ -154,3 +154,41 @@ def test_trials_begin_with_masks_and_losing_ones_end() -> None:
         strategy.took(layout, 1.0 if strategy.paused else 3.0)
     assert kinds[:FIRST] == ["pause"] * FIRST
     assert 2 <= kinds[FIRST:].count("work") < 20
+
+
+def test_tokens_of_a_batch_are_worth_what_plain_decoding_would_have_taken() -> None:
+    """Two texts of 4 and 10 tokens, two tokens a step each: 2 steps of both, 3 of the longer one."""
+    batch = Batch([1.0, 1.2])
+    for _ in range(2):
+        batch.step(2, 2.0, paused=False)
+    batch.lengths.append(4)
+    assert not batch.whole
+    for _ in range(3):
+        batch.step(1, 2.0, paused=False)
+    batch.lengths.append(10)
+    assert batch.whole and batch.worth == pytest.approx(1.0)
+    # The shorter text alone was foretold: its tokens saved next to nothing, but were counted in full.
+    batch = Batch([1.0, 1.2])
+    batch.step(2, 2.5, paused=False)  # 4 tokens of one, 1 of the other
+    batch.lengths.append(4)
+    for _ in range(9):
+        batch.step(1, 1.0, paused=False)
+    batch.lengths.append(10)
+    assert batch.worth == pytest.approx((4 * 1.2 + 6) / (2.5 * 1.2 + 9))
+
+
+def test_a_batch_that_was_mostly_paused_tells_nothing() -> None:
+    batch = Batch([1.0])
+    for number in range(10):
+        batch.step(1, 1.0, paused=number > 3)
+    batch.lengths.append(10)
+    assert batch.worth is None
+
+
+def test_what_tokens_are_worth_follows_the_latest_batches_of_a_size() -> None:
+    pause = Pause()
+    assert pause.worth(4) == 1.0
+    pause.learn_worth(4, 0.8)
+    assert pause.worth(3) == pytest.approx(0.8) and pause.worth(8) == 1.0
+    pause.learn_worth(4, 0.4)
+    assert 0.4 < pause.worth(4) < 0.8

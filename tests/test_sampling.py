@@ -16,7 +16,7 @@ from foretell.config import STRATEGIES, DecodeConfig, MTPConfig
 from foretell.decoding import loop
 from foretell.decoding.draft import GoOn
 from foretell.decoding.generate import MTPForCausalLM
-from foretell.decoding.pick import Picker
+from foretell.decoding.pick import Picker, first_largest, log_waits
 
 from .fitted import fitted
 from .models import GQA, random_prompt, tiny_model
@@ -265,3 +265,27 @@ def test_drawn_drafts_are_accepted_more_often_than_independent_ones_would_be(
         for drafts in ("best", "drawn")
     )
     assert best > 1.2 and drawn > 1.2
+
+
+def test_waits_are_exponential_and_a_row_depends_on_its_key_alone() -> None:
+    waits = log_waits([5, 6, 5], 50_000, torch.device("cpu")).exp()
+    assert torch.equal(waits[0], waits[2]) and not torch.equal(waits[0], waits[1])
+    assert waits.dtype == torch.float32 and waits.isfinite().all() and (waits > 0).all()
+    for own in waits[:2]:
+        equal = -torch.log1p(-torch.arange(1, 50) / 50)  # ends of 50 equally likely classes
+        counts = torch.bincount(torch.bucketize(own, equal), minlength=50)
+        assert chi_square_p(counts, torch.full((50,), 0.02).double()) > 0.001
+        # Short ones decide: no grid of 24 bits near zero.
+        assert len(own.sort().values[:1000].unique()) == 1000
+
+
+def test_a_certain_token_is_drawn_whatever_its_wait() -> None:
+    picker = Picker(DecodeConfig(temperature=1.0, seed=1))
+    scores = torch.full((1, 300), -torch.inf)
+    scores[0, 77] = 3.0
+    assert all(picker.pick(scores, [0], [place]).item() == 77 for place in range(300))
+
+
+def test_of_equal_scores_the_first_is_taken_as_by_argmax() -> None:
+    scores = torch.randint(0, 4, (40, 5000), generator=torch.Generator().manual_seed(0)).float()
+    assert torch.equal(first_largest(scores), scores.argmax(-1))
