@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from foretell.decoding.calibration import Experience
-from foretell.decoding.pausing import Batch, FIRST, IN_NEW_TEXT, PAUSES, RENEWED, Pause
+from foretell.decoding.pausing import FIRST, IN_NEW_TEXT, PAUSES, RENEWED, Batch, Pause
 from foretell.decoding.planner import Planner
 from foretell.decoding.strategies import Adaptive, Running
 from foretell.evaluation.optimum import by_width
