@@ -16,7 +16,7 @@ from foretell.lean import make_of
 from foretell.model import MTPModel
 from foretell.packed import why_not
 
-from .decoded import decode
+from .decoded import count_compiled, decode
 from .models import CONFIGS, random_prompt, reference, tiny_lm
 
 pytestmark = pytest.mark.skipif(
@@ -109,11 +109,23 @@ def test_what_begins_at_late_positions_is_told_apart(monkeypatch: pytest.MonkeyP
     assert make_of(base) is None
 
 
-def test_texts_are_the_bases_own_and_compiled_blocks_are_traced_from_its_modules() -> None:
+@pytest.mark.parametrize("name", LEAN)
+@pytest.mark.parametrize("strategy", ["autoregressive", "linear", "quadratic", "adaptive"])
+def test_texts_are_the_bases_own(name: str, strategy: str) -> None:
+    """Alone and in a ragged batch, with drafts that hold and such that do not."""
+    model, lm = adapted(packed(name)), tiny_lm(name)
+    prompts = [random_prompt(length, seed=length) for length in (11, 25, 4)]
+    expected = [reference(lm, prompt, 30) for prompt in prompts]
+    for replayed in (None, expected):
+        assert decode(model, prompts, strategy, 30, replayed).texts == expected
+        assert decode(model, prompts[:1], strategy, 30, replayed and replayed[:1]).texts == expected[:1]
+
+
+def test_compiled_blocks_are_traced_from_the_bases_modules() -> None:
     model = adapted(packed("qwen3"))
-    prompt, lm = random_prompt(11, seed=3), tiny_lm("qwen3")
-    expected = reference(lm, prompt, 30)
-    for _ in range(2):
-        for strategy in ("autoregressive", "linear", "quadratic", "adaptive"):
-            assert decode(model, [prompt], strategy, 30).texts == [expected]
-        assert compile_steps(model) is None
+    prompt = random_prompt(11, seed=3)
+    expected = reference(tiny_lm("qwen3"), prompt, 30)
+    assert compile_steps(model) is None
+    ran = count_compiled(model)
+    assert decode(model, [prompt], "quadratic", 30).texts == [expected]
+    assert sum(ran.values()) > 0
