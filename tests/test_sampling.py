@@ -275,8 +275,14 @@ def test_waits_are_exponential_and_a_row_depends_on_its_key_alone() -> None:
         equal = -torch.log1p(-torch.arange(1, 50) / 50)  # ends of 50 equally likely classes
         counts = torch.bincount(torch.bucketize(own, equal), minlength=50)
         assert chi_square_p(counts, torch.full((50,), 0.02).double()) > 0.001
-        # Short ones decide: no grid of 24 bits near zero.
-        assert len(own.sort().values[:1000].unique()) == 1000
+
+
+def test_short_waits_lie_on_no_grid_and_none_is_zero() -> None:
+    """They decide: of 24 bits the shortest of so many would be multiples of 2^-24, and likely one of them 0."""
+    rows = [log_waits(range(start, start + 50), 50_000, torch.device("cpu")).exp() for start in range(0, 400, 50)]
+    shortest = torch.cat([row.flatten().topk(20, largest=False).values for row in rows]).double() * 2**24
+    assert (shortest > 0).all() and shortest.min() < 3
+    assert ((shortest - shortest.round()).abs() > 0.1).double().mean() > 0.6
 
 
 def test_a_certain_token_is_drawn_whatever_its_wait() -> None:
