@@ -60,7 +60,7 @@ class FusedLowRank:
             self.places, bs = [(slice(0, starts[-1]), slice(0, ends[-1]))], [diagonal]
         self.joined = product is not None and product.join(a, by=self)
         self.a = None if self.joined else packed.reorder(a) if self.packed else a.t()
-        self.bs = [packed.reorder(b) if self.packed else b.t() for b in bs]
+        self.bs = [packed.reorder(b) if self.packed else b.t().contiguous() for b in bs]  # (r, d_out): rows are read
 
     def in_graph(self) -> FusedLowRank:
         """The same for a graph that is compiled: products with small B's are spelled out as sums, which become part of
@@ -88,14 +88,15 @@ class FusedLowRank:
 
         If A is joined, out is followed by A·x: (B, n, sum of d_out + r).
         """
-        alone = not self.packed and len(x) == 1 and not self.spelled_out
-        out, x = (out[0, first:], x[0, first:]) if alone else (out[:, first:], x[:, first:])
+        alone = not self.packed and len(out) == 1 and not self.spelled_out
+        out = out[0, first:] if alone else out[:, first:]
         if self.a is None:
             narrow = out[..., -self.rank :]
         else:
+            x = x[0, first:] if alone else x[:, first:]
             narrow = packed.product(x, self.a) if self.packed else x @ self.a
         for (rows, columns), b in zip(self.places, self.bs, strict=True):
-            of_part = narrow[..., columns]
+            of_part = narrow if len(self.bs) == 1 else narrow[..., columns]
             if self.spelled_out:
                 out[..., rows].add_(sum(of_part[..., i : i + 1] * row for i, row in enumerate(b)), alpha=self.scale)
             elif alone:

@@ -204,7 +204,7 @@ class GatedLoRA(nn.Module):
         def add_low_rank(x: Tensor, output: Tensor) -> None:
             regular = self._regular
             if regular is not None:
-                fused.add_to(self._by_step(output), self._by_step(x), regular)
+                fused.add_to(self._by_step(output), x if fused.joined else self._by_step(x), regular)
 
         return add_low_rank
 
