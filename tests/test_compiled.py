@@ -67,7 +67,7 @@ def test_every_strategy_writes_the_bases_text(llama: tuple[MTPForCausalLM, Count
         assert out.texts == [expected], strategy
         assert strategy == "autoregressive" or (out.accepted and out.rejected)
     assert ran[Form(False, False)] and ran[Form(True, True)]
-    # A batch, and a prompt without a prefill, take the eager way.
+    # A batch, and a step that reads the prompt, take the eager way.
     prompts = [random_prompt(length, seed=length) for length in (1, 9)]
     texts = [reference(tiny_lm("llama"), ids, 30) for ids in prompts]
     assert decode(model, prompts, "quadratic", 30, replayed=texts).texts == texts

@@ -22,6 +22,8 @@ from foretell.layout import Layout
 from foretell.sampler import Sampler, make_sampler
 from foretell.support import check_supported, self_test
 
+RECURRING = 64  # regular tokens of a layout whose tensors are kept
+
 
 class MTPModel(nn.Module):
     """Multi-token prediction on a frozen base (method.md sections 1 to 3).
@@ -131,14 +133,23 @@ class LayoutOnDevice(NamedTuple):
     visible: Tensor  # (Q, Q) bool
 
 
-@lru_cache(maxsize=1024)
 def on_device(layout: Layout, device: torch.device) -> LayoutOnDevice:
+    return (_on_device if recurs(layout) else _on_device.__wrapped__)(layout, device)
+
+
+@lru_cache(maxsize=1024)
+def _on_device(layout: Layout, device: torch.device) -> LayoutOnDevice:
     return LayoutOnDevice(layout.mask_numbers.to(device), layout.position_offsets.to(device), layout.visible.to(device))
 
 
 @lru_cache(maxsize=1024)
 def _additive_visible(layout: Layout, device: torch.device, dtype: torch.dtype) -> Tensor:
     return additive(layout.visible, dtype).to(device)
+
+
+def recurs(layout: Layout) -> bool:
+    """Whether its tensors are worth keeping: a step with a whole prompt in it is wide, and met once."""
+    return layout.regular <= RECURRING
 
 
 def step_attention(
@@ -154,7 +165,8 @@ def step_attention(
         positions = (on_device(layouts[0], device).position_offsets + longest).expand(len(layouts), -1)
         if layouts[0].width == 1 and not explicit:
             return positions, None
-        mask = nn.functional.pad(_additive_visible(layouts[0], device, dtype), (longest, 0))
+        visible = _additive_visible if recurs(layouts[0]) else _additive_visible.__wrapped__
+        mask = nn.functional.pad(visible(layouts[0], device, dtype), (longest, 0))
         mask = mask.expand(len(layouts), 1, -1, -1)
         types = getattr(base.text_config, "layer_types", None)
         return positions, mask if types is None else dict.fromkeys(types, mask)

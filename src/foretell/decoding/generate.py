@@ -314,7 +314,7 @@ class MTPForCausalLM(MTPModel):
             new_tokens=len(tokens),
             steps=len(done),
             acceptance_rate=len(tokens) / len(done),
-            acceptance_rate_with_prefill=len(tokens) / (len(done) + 1),
+            acceptance_rate_with_prefill=len(tokens) / (len(done) + (not done[0].read_prompt)),
             acceptance_histogram=[sizes[size] for size in range(1, masks + 2)],
             repeated_4gram_share=repeated_ngram_share(tokens),
             seconds=seconds,

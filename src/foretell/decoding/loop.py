@@ -18,10 +18,13 @@ from foretell.decoding.planning import strategy_of
 from foretell.decoding.stopping import Stop
 from foretell.decoding.strategies import Running, Strategy, aligned
 from foretell.decoding.verify import accepted_drafts
-from foretell.layout import Layout, plain
+from foretell.layout import Block, Layout, plain
 from foretell.model import MTPModel
 
 NO_DRAFT = -1
+# Tokens of a prompt that the first step still reads itself: a forward less. Longer ones are read without a mask, which
+# would have a row and a column for every token.
+READ_ALONG = 256
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Step:
     verified: int = 0  # drafts; a layout of a batch may hold filler behind them
     logits: Tensor | None = field(default=None, repr=False, compare=False)  # (tokens, V) fp32, if asked for
     last: bool = False  # whether the text ends with it
+    read_prompt: bool = False  # whether the same forward read the prompt
 
     @property
     def origins(self) -> list[str]:
@@ -54,8 +58,8 @@ def steps(
 ) -> Iterator[list[Step]]:
     """Decodes prompts (n_b,) int64 side by side; each item holds one `Step` per unfinished sequence.
 
-    A prompt's last token is not prefilled: it is the first decided token x, and from then on each step carries x, the
-    drafts to verify and masks. A sequence accepts its own number of drafts and leaves when it ends; nothing past the
+    A prompt's last token is the first decided token x; each step carries x, the drafts to verify and masks. Short
+    prompts are read by the first step, long ones before it. A sequence accepts its own number of drafts and leaves when it ends; nothing past the
     token that `stop` ends with is yielded. Every token is what the picker picks from the base's own logits, whatever
     the drafts are. With `keep_logits` a step holds the logits of its tokens.
 
@@ -91,18 +95,25 @@ def refilled_steps(
     running, x = started(first, config)
     capacity = max(len(row.text) + row.remaining for row in running) + (masks + 1) ** 2
     cache = StaticCache(len(model.base.blocks), capacity, len(first))
-    prefill(model, [prompt for _, prompt in first], cache)
+    unread = [prompt for _, prompt in first]  # until the first step
+    if max(map(len, unread)) > READ_ALONG:
+        prefill(model, unread, cache)
+        unread = []
     drafts = x.new_empty((len(first), 0))  # (B, most drafts), NO_DRAFT where a sequence has fewer
     try:
         while running:
             begin = time.perf_counter()
             layouts = aligned(strategy.layouts(running, bool(waiting)), masks)
-            if model.base.max_columns is not None and max(cache.lengths) + layouts[0].width > model.base.max_columns:
+            filled = max(map(len, unread)) - 1 if unread else max(cache.lengths)
+            if model.base.max_columns is not None and filled + layouts[0].width > model.base.max_columns:
                 layouts = [plain()] * len(running)
             regular = layouts[0].regular
             drafts = drafts[:, : regular - 1]
             ids = torch.cat([x[:, None], drafts.clamp(min=0)], dim=1)
-            latents = model.step(ids, layouts, cache, cache.lengths)
+            if unread:
+                latents = read_along(model, unread, layouts, cache)
+            else:
+                latents = model.step(ids, layouts, cache, cache.lengths)
             # What the unembedding reads is most of its cost, so few masks are read along with the regular rows.
             along = reads_along(model, config, layouts[0].masks)
             logits = model.base.unembed(latents if along else latents[:, :regular])
@@ -120,7 +131,8 @@ def refilled_steps(
                 kept = logits[number, : len(tokens)].to(torch.float32, copy=True) if keep_logits else None
                 verified = min(row.drafts, regular - 1)
                 accepted = min(accepted, len(tokens))
-                done.append(Step(tokens, accepted, layout, row.sequence, verified, kept, not row.remaining))
+                last, read = not row.remaining, bool(unread)
+                done.append(Step(tokens, accepted, layout, row.sequence, verified, kept, last, read))
             spent = time.perf_counter() - begin
             yield done
             begin = time.perf_counter()
@@ -139,9 +151,10 @@ def refilled_steps(
                     latents, logits = latents[order], logits[order]
                 read = surviving(logits, blocks) if along else None
                 drafts = draft_blocks(drafter, strategy, surviving(latents, blocks), read, before, running)
-                strategy.took(layouts[0], spent + time.perf_counter() - begin)
+                strategy.took(layouts[0], None if unread else spent + time.perf_counter() - begin)
             else:
                 running = []
+            unread = []
             if joining := waiting.take(batch_size - len(running)):
                 longest = max(len(prompt) for _, prompt in joining)
                 fresh = StaticCache(len(model.base.blocks), longest, len(joining))
@@ -252,3 +265,20 @@ def prefill(model: MTPModel, prompts: Sequence[Tensor], cache: StaticCache) -> N
         padded = torch.nn.utils.rnn.pad_sequence([prompt[:-1] for prompt in prompts], batch_first=True)
         model.prefill(padded, cache)
         cache.keep(lengths)
+
+
+def read_along(model: MTPModel, prompts: Sequence[Tensor], layouts: Sequence[Layout], cache: StaticCache) -> Tensor:
+    """`prefill` and the step behind it, which carries no drafts, in one forward: z (B, Q, D) as of the step alone."""
+    lengths = [len(prompt) for prompt in prompts]
+    longest, masks = max(lengths), layouts[0].masks
+    whole = [
+        Layout(longest, tuple(Block(length - 1, block.masks) for block in layout.blocks))
+        for length, layout in zip(lengths, layouts, strict=True)
+    ]
+    padded = torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True)
+    latents = model.step(padded, whole, cache, cache.lengths)
+    cache.keep([length - 1 for length in lengths])
+    if min(lengths) == longest:
+        return latents[:, longest - 1 :]
+    rows = torch.tensor([[length - 1, *range(longest, longest + masks)] for length in lengths], device=latents.device)
+    return latents[torch.arange(len(lengths), device=latents.device)[:, None], rows]

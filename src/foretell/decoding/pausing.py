@@ -6,7 +6,7 @@ import math
 from collections import defaultdict, deque
 from collections.abc import Sequence
 
-FIRST = 4  # plain steps that tell what such a step takes, before anything else
+FIRST = 5  # plain steps that tell what such a step takes, before anything else; the first may have read the prompt
 LATEST = 16  # plain steps whose lower quartile counts
 RENEWED = 512  # steps without a pause after which plain steps are timed again
 TRIAL = 3  # steps before a pause, at least
@@ -40,7 +40,7 @@ class Pause:
 
     def begin_text(self, sequences: int) -> None:
         """Before the first step of one or more texts."""
-        if len(self._plain[size_class(sequences)]) < FIRST:
+        if len(self._plain[size_class(sequences)]) < FIRST - 1:
             self._pause(FIRST)
         elif self._paused:
             self._left = min(self._left, self._for_text)
@@ -76,12 +76,15 @@ class Pause:
         """A plain step during a pause took this share of the seconds measured for it."""
         self._plain[size_class(sequences)].append(share)
 
+    def began(self) -> None:
+        """A step other than a plain one, whose seconds don't count: it found no drafts, and made some for the next."""
+        self._since_pause, self._warm = self._since_pause + 1, True
+
     def worked(self, sequences: int, share: float, tokens: float) -> None:
         """Another step took so many times the seconds measured for a plain one, and gave so many tokens a sequence."""
+        if not self._warm:
+            return self.began()
         self._since_pause += 1
-        if not self._warm:  # it found no drafts, and made some for the next
-            self._warm = True
-            return
         lost = share / self._plain_share(sequences) - tokens  # in plain steps
         self._steps += 1
         self._lost = FADES * self._lost + lost

@@ -56,8 +56,9 @@ class Strategy(Protocol):
         """
         ...
 
-    def took(self, layout: Layout, seconds: float) -> None:
-        """The last step, of the layout that all sequences had in common, took so long with the drafting behind it."""
+    def took(self, layout: Layout, seconds: float | None) -> None:
+        """The last step, of the layout that all sequences had in common, took so long with the drafting behind it;
+        None if that can't be compared, as it read the prompts too."""
         ...
 
 
@@ -78,7 +79,7 @@ class Fixed:
     def drafted(self, running: Sequence[Running], drafts: Tensor, confidences: Tensor | None) -> Tensor:
         return drafts
 
-    def took(self, layout: Layout, seconds: float) -> None:
+    def took(self, layout: Layout, seconds: float | None) -> None:
         pass
 
 
@@ -182,8 +183,12 @@ class Adaptive:
         most = max(len(own) for own, _ in chosen)
         return torch.tensor([own + [0] * (most - len(own)) for own, _ in chosen], device=drafts.device)
 
-    def took(self, layout: Layout, seconds: float) -> None:
+    def took(self, layout: Layout, seconds: float | None) -> None:
         if self.planning is None:
+            return
+        if seconds is None:
+            if self.pause is not None and not self.paused:
+                self.pause.began()
             return
         self.planning.took(layout, self.made, seconds)
         if self.pause is not None:

@@ -160,10 +160,11 @@ def _decode(
     }
     config = model.decode_config(settings)
     sequences: list[list[Step]] = [[] for _ in batch]
-    first_token, steps = 0.0, 0
+    first_token, steps, prefills = 0.0, 0, 0
     start = time.perf_counter()
     for done in model._steps(batch, config, Picker(config)):
         first_token = first_token or time.perf_counter() - start
+        prefills += 0 if steps else sum(not step.read_prompt for step in done)
         steps += 1
         for step in done:
             sequences[step.sequence].append(step)
@@ -179,7 +180,7 @@ def _decode(
             for own, counts in zip(sequences, drafts, strict=True)
         ],
         steps=steps,
-        prefills=len(batch),
+        prefills=prefills,
         seconds=seconds,
         first_token_seconds=first_token,
     )
