@@ -47,14 +47,14 @@ def test_costs_little_where_nothing_holds(shape: str) -> None:
 
 
 @pytest.mark.parametrize(("shape", "name"), CASES)
-def test_value_iteration_finds_the_optimum(shape: str, name: str) -> None:
+def test_policy_iteration_finds_the_optimum(shape: str, name: str) -> None:
     profile, cost = named_profile(name), COSTS[shape]
     experience = Experience(8)
     chances = np.array(profile) / np.array([1.0, *profile[:-1]])
     experience.made(chances.tolist())  # confidences are believed at first
     exact = Costs({w: cost(w, 0) for w in range(1, 10)}, {w: cost(1, w - 1) for w in range(2, 82)}, {8: 0.0})
     planner = Planner(exact, experience)
-    planner.solve(sweeps=600)
+    planner.solve()
     assert 0.99 < 1 / planner.per_token / optimum(profile, cost).rate < 1.0001  # of all layouts, not only of `shapes`
 
 
@@ -64,7 +64,7 @@ def planned(shape: str, chances: list[float], at_hand: int) -> Layout:
     for _ in range(32):
         experience.made(chances)
     planner = Planner(noisy_costs(8, COSTS[shape], 0.0, np.random.default_rng(0)), experience)
-    planner.solve(sweeps=300)
+    planner.solve()
     (layout,) = planner.layouts([np.cumprod([1.0, *chances[:at_hand]]).tolist()], [1000])
     return layout
 
@@ -87,7 +87,7 @@ def test_costs_follow_what_steps_really_take() -> None:
     planner = Planner(cheap, experience := Experience(8))
     for _ in range(32):
         experience.made([0.6] * 8)
-    planner.solve(300)
+    planner.solve()
     (before,) = planner.layouts([[1.0]], [1000])
     plain_seconds, masked_seconds = planner._table[0, 0], planner._table[0, 8]
     for _ in range(7):
@@ -98,7 +98,7 @@ def test_costs_follow_what_steps_really_take() -> None:
         planner.took(plain(), 0, 2.0)  # a machine half as fast
         planner.took(plain(2), 0, 2.4)
         planner.took(Layout(1, (Block(0, 8),)), 0, 2.0 * 5.0)
-    planner.solve(300)
+    planner.solve()
     assert planner._table[0, 0] == pytest.approx(2.0 * plain_seconds)
     assert planner._table[1, 0] == pytest.approx(2.4)
     assert planner._table[0, 8] == pytest.approx(10.0) and planner._table[3, 8] > 10.0
@@ -121,7 +121,7 @@ def test_probes_become_rare_but_never_end() -> None:
     planner = Planner(noisy_costs(8, COSTS["135M"], 0.0, np.random.default_rng(0)), experience)
     for _ in range(300):  # a drafter that is sure and always wrong
         experience.calibration.decided(experience.made([0.9] * 8), 0)
-    planner.solve(300)
+    planner.solve()
     probes = [n for n in range(2000) if planner.layouts([[1.0]], [10**6])[0].masks]
     gaps = np.diff(probes)
     assert len(probes) > 7 and gaps[0] < 80 and gaps[-1] > 200
@@ -180,7 +180,7 @@ def test_what_a_shape_is_worth() -> None:
     """Against the sum of docs/planner.md, for a shape with three blocks."""
     experience = Experience(4)
     planner = Planner(noisy_costs(4, COSTS["1B"], 0.0, np.random.default_rng(0)), experience)
-    planner.solve(100)
+    planner.solve()
     reach, left = [1.0, 0.9, 0.5, 0.1], planner.value + planner.drafting
     for index, shape in enumerate(planner.shapes):
         drafts, masks = shape.regular - 1, dict(shape.blocks)

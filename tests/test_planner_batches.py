@@ -28,7 +28,7 @@ def test_equal_sequences_are_planned_as_one() -> None:
     for _ in range(32):
         experience.made([0.6] * 8)
     planner = Planner(noisy_costs(8, COSTS["135M"], 0.0, np.random.default_rng(0)), experience)
-    planner.solve(300)
+    planner.solve()
     reach = np.cumprod([1.0, 0.9, 0.7, 0.5, 0.5, 0.4]).tolist()
     (alone,) = planner.layouts([reach], [1000])
     assert alone.regular > 1 and alone.masks
@@ -40,7 +40,7 @@ def test_a_batch_gets_the_best_shapes_there_are(seed: int) -> None:
     """By trying every number of drafts and masks that the widest sequence may have."""
     random = np.random.default_rng(seed)
     planner = Planner(noisy_costs(4, COSTS["135M"], 0.1, random), Experience(4))
-    planner.solve(50)
+    planner.solve()
     planner.layouts([[1.0]], [100])  # the first step solves once more
     reach = [np.cumprod([1.0, *random.uniform(0.2, 1, random.integers(0, 5))]).tolist() for _ in range(3)]
     verified = np.array([shape.regular - 1 for shape in planner.shapes])
@@ -65,7 +65,7 @@ def test_drafts_alone_are_weighed_as_all_shapes_are() -> None:
     for _ in range(300):  # a drafter that is sure and always wrong
         experience.calibration.decided(experience.made([0.9] * 4), 0)
     planner = Planner(noisy_costs(4, COSTS["135M"], 0.0, random), experience)
-    planner.solve(300)
+    planner.solve()
     assert not planner._hangs_masks
     verified = []
     for _ in range(50):
@@ -97,7 +97,7 @@ def test_the_sequence_that_ends_last_is_the_most_urgent() -> None:
 
 def test_drafts_of_an_urgent_sequence_are_verified_before_others() -> None:
     planner = Planner(noisy_costs(4, COSTS["135M"], 0.0, np.random.default_rng(0)), Experience(4))
-    planner.solve(50)
+    planner.solve()
     reach = [[1.0], [1.0, 0.25], [1.0], [1.0]]
     for urgency, drafts in (([1.0] * 4, 0), ([0.1, 3.7, 0.1, 0.1], 1)):
         assert [layout.regular - 1 for layout in planner.layouts(reach, [100] * 4, urgency)] == [0, drafts, 0, 0]
@@ -119,9 +119,9 @@ def test_a_solution_is_scaled_to_fewer_sequences_and_soon_renewed() -> None:
     experience = Experience(4)
     costs_of = {size: Costs({1: size}, {2: 1.1 * size, 25: 3.0 * size}, {4: 0.0}) for size in (1.0, 4.0)}
     planner = Planner(costs_of[4.0], experience)
-    planner.solve(100)
+    planner.solve()
     before, value = planner.per_token, planner.value.copy()
     planner.reprice(costs_of[1.0], np.ones(1))
     assert planner.per_token == pytest.approx(before / 4) and planner.value == pytest.approx(value / 4)
-    planner.solve(100)
+    planner.solve()
     assert planner.per_token == pytest.approx(before / 4)

@@ -165,8 +165,8 @@ def step_attention(
         positions = (on_device(layouts[0], device).position_offsets + longest).expand(len(layouts), -1)
         if layouts[0].width == 1 and not explicit:
             return positions, None
-        visible = _additive_visible if recurs(layouts[0]) else _additive_visible.__wrapped__
-        mask = nn.functional.pad(visible(layouts[0], device, dtype), (longest, 0))
+        new = (_additive_visible if recurs(layouts[0]) else _additive_visible.__wrapped__)(layouts[0], device, dtype)
+        mask = nn.functional.pad(new, (longest, 0))
         mask = mask.expand(len(layouts), 1, -1, -1)
         types = getattr(base.text_config, "layer_types", None)
         return positions, mask if types is None else dict.fromkeys(types, mask)

@@ -59,9 +59,9 @@ def steps(
     """Decodes prompts (n_b,) int64 side by side; each item holds one `Step` per unfinished sequence.
 
     A prompt's last token is the first decided token x; each step carries x, the drafts to verify and masks. Short
-    prompts are read by the first step, long ones before it. A sequence accepts its own number of drafts and leaves when it ends; nothing past the
-    token that `stop` ends with is yielded. Every token is what the picker picks from the base's own logits, whatever
-    the drafts are. With `keep_logits` a step holds the logits of its tokens.
+    prompts are read by the first step, long ones before it. A sequence accepts its own number of drafts and leaves when
+    it ends; nothing past the token that `stop` ends with is yielded. Every token is what the picker picks from the
+    base's own logits, whatever the drafts are. With `keep_logits` a step holds the logits of its tokens.
 
     `strategy` is by default the one that `config` names, `drafter` the model's own masks and sampler head.
     """
@@ -131,8 +131,8 @@ def refilled_steps(
                 kept = logits[number, : len(tokens)].to(torch.float32, copy=True) if keep_logits else None
                 verified = min(row.drafts, regular - 1)
                 accepted = min(accepted, len(tokens))
-                last, read = not row.remaining, bool(unread)
-                done.append(Step(tokens, accepted, layout, row.sequence, verified, kept, last, read))
+                step = Step(tokens, accepted, layout, row.sequence, verified, kept, not row.remaining, bool(unread))
+                done.append(step)
             spent = time.perf_counter() - begin
             yield done
             begin = time.perf_counter()

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import combinations, groupby
 
 import numpy as np
+from numpy.typing import NDArray
 
 from foretell.decoding.calibration import Experience, Floats
+from foretell.decoding.correction import Correction, Fit
 from foretell.decoding.costs import Costs
 from foretell.layout import Block, Layout
 
-SWEEPS = 3  # of value iteration per solution, each going on from the last
+ROUNDS, CLOSE = 10, 0.01  # of policy iteration, at most, and what may change, in tokens, in the last of them
+ENDS = 1e-3  # chance that drafts at hand are lost, as by the end of the text: what would go on for ever has a value
 SOLVE_EVERY = (2, 16)  # steps between solutions, doubling from the first to the second
 IN_NEW_TEXT = 8  # steps before the first solution
-TIMED = (16, 64)  # steps of a kind that correct its costs: the fewest, and the most, the latest ones
-PLAIN_TIMED = 4  # the fewest of plain ones, which are all alike
+PLAIN_TIMED, TIMED = 4, 16  # steps that correct the costs of their kind, at least: plain ones are all alike
 PROBE_EVERY = (8, 256)  # steps without masks before some are tried again, `PROBE_RARER` times as many while in vain
 PROBE_RARER = 8
 PROBE_MASKS, FEWEST_PROBED = 4, 2  # the first drafts tell most
@@ -52,8 +53,9 @@ class Planner:
         self._starts = np.append(0, self._ends[:-1])  # of those with d drafts; the first of them hangs no masks
         # (L, k+1): 1 for the tokens that a shape has
         self._there = (np.arange(masks + 1) <= self._verified[:, None]).astype(float)
-        # Of steps with neither drafts nor masks, with drafts alone, with masks: seconds, as a share of those measured.
-        self._took: list[deque[float]] = [deque(maxlen=TIMED[1]) for _ in range(3)]
+        # Of steps with neither drafts nor masks, with drafts alone, with masks.
+        self._corrections = Correction(PLAIN_TIMED), Correction(TIMED), Correction(TIMED)
+        self._widths = np.arange(1.0, masks + 2)[:, None] + np.arange(masks * (masks + 1) + 1)  # by drafts and masks
         self.value = np.zeros(masks + 1)
         self._made = np.ones(masks)  # of a block, how often each draft is made
         self._measured, self._drafting = costs.steps(masks), costs.drafting(masks)
@@ -176,29 +178,27 @@ class Planner:
     def took(self, layout: Layout, drafts: int, seconds: float) -> None:
         """A step of this layout, with the making of so many drafts behind it, took so long."""
         expected = self._measured[layout.regular - 1, layout.masks] + self._drafting[drafts]
-        self._took[2 if layout.masks else layout.regular > 1].append(seconds / expected)
+        self._corrections[2 if layout.masks else layout.regular > 1].took(layout.width, seconds / expected)
 
     def _correct_costs(self) -> None:
-        """Plain steps, steps with drafts and steps with masks cost what they were measured to, times what the latest of
-        them really took: the context is another than in measuring, or the machine was busy then. Medians, as first
-        steps of a layout and disturbances take longer."""
-        fewest = PLAIN_TIMED, TIMED[0], TIMED[0]
-        known = [
-            sorted(own)[len(own) // 2] if len(own) >= few else None for own, few in zip(self._took, fewest, strict=True)
-        ]
-        plain_factor, drafts_factor, masked_factor = (own or next(filter(None, known), 1.0) for own in known)
-        scale = plain_factor * self._measured[0, 0] / self._table[0, 0]
+        """Plain steps, steps with drafts and steps with masks cost what they were measured to, corrected by what the
+        latest of them really took."""
+        fits = [correction.fit() for correction in self._corrections]
+        plain, drafted, masked = (fit or next(filter(None, fits), Fit(0.0, 0.0, 0.0)) for fit in fits)
+        scale = plain.factor * self._measured[0, 0] / self._table[0, 0]
         self.per_token, self.value = self.per_token * scale, self.value * scale  # as all costs change, so do these
-        self._table = self._measured * masked_factor
-        self._table[1:, 0] = self._measured[1:, 0] * drafts_factor
-        self._table[0, 0] = self._measured[0, 0] * plain_factor
+        self._table = self._measured * masked.at(self._widths)
+        self._table[:, 0] = self._measured[:, 0] * drafted.at(self._widths[:, 0])
+        self._table[0, 0] = self._measured[0, 0] * plain.factor
+        for axis in (0, 1):  # a fit may fall faster with the width than what was measured rises
+            self._table[:, 1:] = np.maximum.accumulate(self._table[:, 1:], axis)
         self._seconds = self._table[self._verified, self._hung]
-        self._chain = np.diff(self._drafting) * masked_factor  # (k,): seconds of each draft of the sampler chain
+        self._chain = np.diff(self._drafting) * masked.factor  # (k,): seconds of each draft of the sampler chain
         self._weights = self._worth()
         self._dearer = (self._table - self._table[0]).min(1)  # (k+1,): what verifying d drafts adds, at least
 
-    def solve(self, sweeps: int = SWEEPS) -> None:
-        """Relative value iteration over the recent blocks, going on from the last solution (docs/planner.md)."""
+    def solve(self) -> None:
+        """Policy iteration over the recent blocks, going on from the last solution (docs/planner.md)."""
         self._correct_costs()
         reach, found = self.experience.recent_reach()  # (N, k+1) each
         self._solved_for = self.sequences
@@ -208,19 +208,51 @@ class Planner:
             together = max(1, len(reach) // self.sequences)  # batches that the recent blocks make
             reached = [own.mean(0) for own in np.array_split(reach[:, :-1], together)]
             self._made = (np.array(reached) >= self.floor).mean(0)
-        for _ in range(sweeps):
-            worth = self._worth().T
-            scores = reach @ worth + self._seconds  # (N, L)
-            best = np.minimum.reduceat(scores, self._starts, axis=1)  # (N, k+1) by drafts verified
-            best = np.minimum.accumulate(best, axis=1)  # with n drafts at hand up to n may be verified
-            if found[:, 1:].any():  # or what the text itself gives, which is there with any n
-                best = np.minimum(best, (found @ worth + self._seconds).min(1, keepdims=True))
-            value = best.mean(0)
-            # Too large a step would swing: no step decides more tokens than this.
-            self.per_token += value[0] / float(reach.sum(1).mean())
-            self.value = (self.value + value - value[0]) / 2  # half a step: whole ones may swing between states
+        for _ in range(ROUNDS):
+            before = np.append(self.value, self.per_token)
+            self._evaluate(*self._improved(reach, found))
+            if np.abs(before - np.append(self.value, self.per_token)).max() < CLOSE * self.per_token:
+                break
         self._weights = self._worth()
         self._hangs_masks = bool((self.value + self.drafting).min() < 0)  # whether any block is worth its drafting
+
+    def _improved(self, reach: Floats, found: Floats) -> tuple[NDArray[np.intp], Floats]:
+        """The best shapes (N, k+1) for n = 0..k drafts at hand, and the chances (N, k+1, k+1) that they go by.
+
+        With n drafts of a block up to n may be verified; or those of the text itself, which are there with any n.
+        """
+        worth = self._worth().T
+        scores = reach @ worth
+        scores += self._seconds  # (N, L)
+        shapes = np.stack([scores[:, a:b].argmin(1) + a for a, b in zip(self._starts, self._ends, strict=True)], 1)
+        least = np.take_along_axis(scores, shapes, 1)
+        lower = np.minimum.accumulate(least, 1)
+        at = np.maximum.accumulate(np.where(least == lower, np.arange(self.masks + 1), 0), 1)
+        shapes, chances = np.take_along_axis(shapes, at, 1), np.repeat(reach[:, None], self.masks + 1, 1)
+        if found[:, 1:].any():
+            of_text = found @ worth + self._seconds
+            best = of_text.argmin(1)
+            instead = np.take_along_axis(of_text, best[:, None], 1) < lower
+            shapes = np.where(instead, best[:, None], shapes)
+            chances = np.where(instead[..., None], found[:, None], chances)
+        return shapes, chances
+
+    def _evaluate(self, shapes: NDArray[np.intp], chances: Floats) -> None:
+        """Seconds per token and what drafts are worth if these shapes (N, k+1) are taken with n = 0..k at hand."""
+        states = self.masks + 1
+        held = chances * self._there[shapes]  # (N, k+1, k+1): that the first r drafts hold and were verified
+        exactly = held.copy()
+        exactly[..., :-1] -= held[..., 1:]
+        left = self._blocks[shapes]  # drafts at hand then
+        seconds = (self._seconds[shapes] + (exactly * self.drafting[left]).sum(-1)).mean(0)
+        tokens = held.sum(-1).mean(0)
+        cells = np.arange(states)[:, None] * states + left
+        moves = np.bincount(cells.ravel(), exactly.ravel(), states**2).reshape(states, states) / len(shapes)
+        # h = seconds - per_token · tokens + moves · h with h(0) = 0, of which per_token takes the place.
+        unknown = np.eye(states) - (1 - ENDS) * moves
+        unknown[:, 0] = tokens
+        self.per_token, *value = np.linalg.solve(unknown, seconds).tolist()
+        self.value = np.array([0.0, *value])
 
     @property
     def drafting(self) -> Floats:

@@ -1,0 +1,67 @@
+"""What steps really take against what was measured for them: the context is another, or the machine was busy then."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple
+
+import numpy as np
+
+from foretell.decoding.calibration import Floats
+
+LATEST = 64  # steps that count
+SPREAD, SLOPE = 0.1, 0.2  # of logarithms: usual deviation of a step, and of the power of the width
+SMALL = 0.03  # deviations below count as so large
+ROUNDS = 4  # of fitting
+
+
+class Fit(NamedTuple):
+    """How a kind of step is corrected."""
+
+    level: float  # logarithm of the factor at the usual width
+    slope: float
+    usual: float  # logarithm of that width
+
+    @property
+    def factor(self) -> float:
+        """At the usual width."""
+        return float(np.exp(self.level))
+
+    def at(self, widths: Floats) -> Floats:
+        """Factors (...) for steps of so many rows (...)."""
+        factors: Floats = np.exp(self.level + self.slope * (np.log(widths) - self.usual))
+        return factors
+
+
+class Correction:
+    """Of one kind of step: seconds = seconds measured · factor · (width / usual width)^slope.
+
+    Fitted to the latest steps by least absolute deviations, as the first steps of a layout and disturbances take far
+    longer. The slope is believed to be 0 until widths that differ tell another: a table measured while something else
+    kept the machine busy is too flat, not only too high.
+    """
+
+    def __init__(self, fewest: int) -> None:
+        """`fewest`: steps, before which nothing is corrected."""
+        self.fewest = fewest
+        self._steps: deque[tuple[float, float]] = deque(maxlen=LATEST)  # log width, log share of the measured seconds
+
+    def took(self, width: int, share: float) -> None:
+        """A step of so many rows took this share of the seconds measured for it."""
+        self._steps.append((np.log(width), np.log(share)))
+
+    def fit(self) -> Fit | None:
+        """None while too few steps are known."""
+        if len(self._steps) < self.fewest:
+            return None
+        widths, shares = np.array(self._steps).T
+        usual = float(np.median(widths))
+        away = widths - usual
+        level, slope = float(np.median(shares)), 0.0
+        for _ in range(ROUNDS if np.ptp(away) > 0 else 0):
+            weights = 1 / (SPREAD * np.maximum(np.abs(shares - level - slope * away), SMALL))
+            total, first, second = weights.sum(), weights @ away, weights @ away**2 + SLOPE**-2
+            one, other = weights @ shares, weights @ (away * shares)
+            determinant = total * second - first**2
+            level, slope = (second * one - first * other) / determinant, (total * other - first * one) / determinant
+        return Fit(level, slope, usual)
