@@ -60,6 +60,13 @@ class Calibration:
             self._reach[key] = known
         return known
 
+    def reaches(self, logits: Sequence[Sequence[float]]) -> Floats:
+        """As `reach`, of many blocks of all k drafts at once: (N, k) -> (N, k+1)."""
+        held = self.mean[0] + self.mean[1] * np.array(logits) + self.mean[2:]
+        chances = np.ones((len(held), self.masks + 1))
+        np.cumprod(1 / (1 + np.exp(-held)), axis=1, out=chances[:, 1:])
+        return chances
+
     def decided(self, logits: Sequence[float], held: int) -> None:
         """Of drafts with these log-odds (n,) the first `held` held, and the next, if there is one, did not."""
         self._news.append((logits, held))
@@ -143,4 +150,4 @@ class Experience:
         found = np.zeros((len(recent), self.masks + 1))
         for row, logits in zip(found, [*nothing, *self._found][-len(recent) :], strict=True):
             row[: len(logits) + 1] = self.lookup.reach(logits)
-        return np.array([self.calibration.reach(logits) for logits in recent]), found
+        return self.calibration.reaches(recent), found

@@ -55,10 +55,10 @@ class Correction:
         if len(self._steps) < self.fewest:
             return None
         widths, shares = np.array(self._steps).T
-        usual = float(np.median(widths))
+        middle = len(shares) // 2
+        usual, level, slope = float(np.sort(widths)[middle]), float(np.sort(shares)[middle]), 0.0
         away = widths - usual
-        level, slope = float(np.median(shares)), 0.0
-        for _ in range(ROUNDS if np.ptp(away) > 0 else 0):
+        for _ in range(ROUNDS if away.any() else 0):
             weights = 1 / (SPREAD * np.maximum(np.abs(shares - level - slope * away), SMALL))
             total, first, second = weights.sum(), weights @ away, weights @ away**2 + SLOPE**-2
             one, other = weights @ shares, weights @ (away * shares)

@@ -9,13 +9,18 @@ from typing import NamedTuple
 SIZES = (2, 1)  # last tokens by which earlier places are found, the first size that finds any
 TRIED = 8  # of these places, the latest ones, that are compared
 LONGEST = 32  # tokens: a longer match says no more
+REMEMBERED = 0.95  # weight of what became of earlier first drafts, from one to the next
+DOUBT = 3.0  # first drafts that fail, before any was seen
 
 
 class Found(NamedTuple):
-    """Drafts, and how many of the text's last tokens stood before them."""
+    """Drafts, how many of the text's last tokens stood before them, and how many first drafts of this text held and
+    did not hold before, the latest counting most."""
 
     drafts: list[int]
     matched: int
+    held: float = 0.0
+    failed: float = 0.0
 
 
 class TextLookup:
@@ -27,6 +32,8 @@ class TextLookup:
     def __init__(self) -> None:
         self._behind: dict[tuple[int, ...], list[int]] = {}  # places behind tokens and pairs of tokens
         self._read = 1  # places known, but for the first
+        self._foretold: tuple[int, int] | None = None  # place and token of the last first draft
+        self._held = self._failed = 0.0
 
     def find(self, text: Sequence[int], most: int) -> Found:
         """Up to `most` drafts after `text`, which begins with the text of the last call; none if nothing matches.
@@ -47,15 +54,30 @@ class TextLookup:
                 matched += 1
             if matched > longest:
                 best, longest = place, matched
+        self._remember(text)
         if not longest or most < 1:
-            return Found([], 0)
+            return Found([], 0, self._held, self._failed)
         period = len(text) - best
-        return Found([text[best + number % period] for number in range(most)], longest)
+        drafts = [text[best + number % period] for number in range(most)]
+        self._foretold = len(text), drafts[0]
+        return Found(drafts, longest, self._held, self._failed)
+
+    def _remember(self, text: Sequence[int]) -> None:
+        """What became of the last first draft, if that is known by now."""
+        if self._foretold is None or self._foretold[0] >= len(text):
+            return
+        place, token = self._foretold
+        self._foretold = None
+        holds = text[place] == token
+        self._held = REMEMBERED * self._held + holds
+        self._failed = REMEMBERED * self._failed + (not holds)
 
 
-def match_log_odds(drafts: Sequence[int], matched: int) -> list[float]:
-    """What a match of so many tokens promises for each of its drafts, before experience corrects it.
+def match_log_odds(found: Found) -> list[float]:
+    """What a match promises for each of its drafts, before experience corrects it.
 
-    Odds of n : 2 for n tokens; each draft that holds makes the match longer.
+    Odds of n : 3 for a match of n tokens; each draft that holds makes it longer. On either side come first drafts of
+    this text that held or failed: a text that has begun to repeat itself goes on with it.
     """
-    return [math.log((matched + number) / 2) for number in range(len(drafts))]
+    doubt = DOUBT + found.failed
+    return [math.log((found.matched + number + found.held) / doubt) for number in range(len(found.drafts))]

@@ -17,7 +17,6 @@ from foretell.layout import Block, Layout
 ROUNDS, CLOSE = 10, 0.01  # of policy iteration, at most, and what may change, in tokens, in the last of them
 ENDS = 1e-3  # chance that drafts at hand are lost, as by the end of the text: what would go on for ever has a value
 SOLVE_EVERY = (2, 16)  # steps between solutions, doubling from the first to the second
-IN_NEW_TEXT = 8  # steps before the first solution
 PLAIN_TIMED, TIMED = 4, 16  # steps that correct the costs of their kind, at least: plain ones are all alike
 PROBE_EVERY = (8, 256)  # steps without masks before some are tried again, `PROBE_RARER` times as many while in vain
 PROBE_RARER = 8
@@ -156,8 +155,8 @@ class Planner:
         return np.where(fits[:, None], worth, np.inf).argmin(0).tolist()
 
     def begin_text(self) -> None:
-        """A new text may be of another kind: plan anew soon, and try masks soon if plain decoding seems best."""
-        self._until_solution = min(self._until_solution, IN_NEW_TEXT)
+        """A new text may be of another kind: plan anew, and try masks soon if plain decoding seems best."""
+        self._until_solution = 0
         self._without_masks, self._probe_every = 0, PROBE_EVERY[0]
 
     def probe_soon(self) -> None:
@@ -205,9 +204,10 @@ class Planner:
         if self.stops_early:
             # A draft is worth a token's seconds times the chance that it is reached, and those after it once more.
             self.floor = float(self._chain.mean()) / self.per_token / 2
-            together = max(1, len(reach) // self.sequences)  # batches that the recent blocks make
-            reached = [own.mean(0) for own in np.array_split(reach[:, :-1], together)]
-            self._made = (np.array(reached) >= self.floor).mean(0)
+            together = min(self.sequences, len(reach))  # batches that the recent blocks make
+            starts = np.arange(0, len(reach) - together + 1, together)
+            sizes = np.diff(np.append(starts, len(reach)))[:, None]
+            self._made = (np.add.reduceat(reach[:, :-1], starts) >= self.floor * sizes).mean(0)
         for _ in range(ROUNDS):
             before = np.append(self.value, self.per_token)
             self._evaluate(*self._improved(reach, found))

@@ -230,7 +230,7 @@ class Adaptive:
         if self.lookup:
             index = self.texts.setdefault(row.sequence, TextLookup())
             found = index.find(row.text, min(self.experience.masks, row.remaining - 1))
-        return OpenBlock(found.drafts, match_log_odds(*found), self.experience.lookup)
+        return OpenBlock(found.drafts, match_log_odds(found), self.experience.lookup)
 
 
 def next_layout(strategy: str, drafts: int, masks: int, remaining: int) -> Layout:
