@@ -34,6 +34,7 @@ class TextLookup:
         self._read = 1  # places known, but for the first
         self._foretold: tuple[int, int] | None = None  # place and token of the last first draft
         self._held = self._failed = 0.0
+        self.run = 0  # first drafts that held, since one failed or there was none
 
     def find(self, text: Sequence[int], most: int) -> Found:
         """Up to `most` drafts after `text`, which begins with the text of the last call; none if nothing matches.
@@ -56,6 +57,7 @@ class TextLookup:
                 best, longest = place, matched
         self._remember(text)
         if not longest or most < 1:
+            self.run = 0
             return Found([], 0, self._held, self._failed)
         period = len(text) - best
         drafts = [text[best + number % period] for number in range(most)]
@@ -71,6 +73,7 @@ class TextLookup:
         holds = text[place] == token
         self._held = REMEMBERED * self._held + holds
         self._failed = REMEMBERED * self._failed + (not holds)
+        self.run = self.run + 1 if holds else 0
 
 
 def match_log_odds(found: Found) -> list[float]:

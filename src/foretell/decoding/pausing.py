@@ -14,6 +14,7 @@ SURE = 1.5  # standard deviations, roughly, that losses must be away from none
 EXPECTED = 4.0  # squared plain steps: what one step may well gain that nothing has been seen of yet
 PAUSES = (32, 1024)  # steps: the first, and the longest; each is `LONGER` times as long as the last, while trials fail
 LONGER = 4
+WOKEN_BY = 6  # first drafts of the text itself that would have held in a row: it has begun to repeat itself
 IN_NEW_TEXT = 1 / 4  # of a pause, how long it goes on for at most in a new text, which may be of another kind
 FADES = 1 - 1 / 64  # weight of the sums below from step to step
 NEWEST = 1 / 2  # weight of the last batch in what tokens of such a batch are worth
@@ -31,6 +32,7 @@ class Pause:
         # Of plain steps, by the power of two of their sequences: seconds taken, as a share of those measured.
         self._plain: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=LATEST))
         self._paused, self._left = False, 0  # whether, and for how many steps
+        self._woken = 0  # times that a pause ended early, in this text or since one ended by itself
         self._for_text = PAUSES[0]
         self._failed = 0  # trials, since one went well
         self._since_pause = 0
@@ -40,6 +42,7 @@ class Pause:
 
     def begin_text(self, sequences: int) -> None:
         """Before the first step of one or more texts."""
+        self._woken = 0
         if len(self._plain[size_class(sequences)]) < FIRST - 1:
             self._pause(FIRST)
         elif self._paused:
@@ -54,14 +57,22 @@ class Pause:
         if self._paused:
             self._left -= 1
             if self._left < 0:
-                self._paused = False
+                self._paused, self._woken = False, 0
                 self._try_anew()
         return self._paused
 
+    def foretold(self, run: int) -> bool:
+        """In a pause so many drafts in a row would have held; whether it ends by that. Should the trial fail
+        nevertheless, it takes twice as many the next time."""
+        if self._paused and run >= WOKEN_BY << self._woken:
+            self._paused, self._woken = False, self._woken + 1
+            self._try_anew()
+        return not self._paused
+
     @property
     def first_of_trial(self) -> bool:
-        """Whether no step has been counted since the last pause."""
-        return not self._steps and not self._warm
+        """Whether no step has been counted since a pause that ended by itself."""
+        return not (self._steps or self._warm or self._woken)
 
     def worth(self, sequences: int) -> float:
         """Plain steps that a token counted by `worked` saves, in batches that are not refilled: see `Batch`."""

@@ -115,6 +115,8 @@ class Adaptive:
     gained: float = 0.0  # tokens of the last step, weighted so
     sequences: int = 0  # in the last step
     batch: Batch | None = None  # if all texts began together and no others wait
+    watched: int = 0  # sequences, in pauses
+    foretold: int = 0  # times in a row that a watched one had said what the text foretold
 
     def layouts(self, running: Sequence[Running], refilled: bool = False) -> list[Layout]:
         self.planning = planner = self.planner(len(running))
@@ -125,7 +127,7 @@ class Adaptive:
         elif self.pause is not None and not self.sequences and len(planner.plain) == len(running):
             self.batch = Batch(planner.plain.tolist())
         self.sequences, self.gained, self.urgency = len(running), 0.0, {}
-        self.paused = self.pause is not None and self.pause.paused()
+        self.paused = self.pause is not None and self.pause.paused() and not self._woken(running)
         if self.paused:
             return [plain()] * len(running)
         if self.pause is not None and self.pause.first_of_trial:
@@ -198,6 +200,19 @@ class Adaptive:
             else:
                 worth = self.pause.worth(len(self.batch.plain)) if self.batch is not None else 1.0
                 self.pause.worked(sequences, share, worth * self.gained / sequences)
+
+    def _woken(self, running: Sequence[Running]) -> bool:
+        """In a pause: whether it is over because the text begins to foretell itself. One sequence a step is watched."""
+        if not self.lookup or self.pause is None:
+            return False
+        self.watched += 1
+        row = running[self.watched % len(running)]
+        index = self.texts.setdefault(row.sequence, TextLookup())
+        index.find(row.text, 1)
+        self.foretold = self.foretold + 1 if index.run else 0
+        woken = self.pause.foretold(self.foretold)
+        self.foretold *= not woken
+        return woken
 
     def _learn_worth(self, length: int) -> None:
         """A text of so many new tokens has ended."""
