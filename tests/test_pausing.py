@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from foretell.decoding.calibration import Experience
-from foretell.decoding.pausing import FIRST, IN_NEW_TEXT, PAUSES, RENEWED, Batch, Pause
+from foretell.decoding.pausing import FIRST, IN_NEW_TEXT, PAUSES, RENEWED, WOKEN_BY, Batch, Pause
 from foretell.decoding.planner import Planner
 from foretell.decoding.strategies import Adaptive, Running
 from foretell.evaluation.optimum import by_width
@@ -130,12 +130,12 @@ def test_a_pause_does_nothing_but_plain_steps() -> None:
     for _ in range(FIRST):
         assert strategy.layouts([row]) == [plain()]
         drafts = torch.empty((1, 0), dtype=torch.long)
-        assert strategy.drafted([row], drafts, None) is drafts and not strategy.texts
+        assert strategy.drafted([row], drafts, None) is drafts and not strategy.open
         strategy.took(plain(), 0.8)
     (layout,) = strategy.layouts([row])
     assert layout.masks  # a trial begins with masks
     strategy.drafted([row], torch.tensor([[7, 8, 9]]), torch.full((1, 3), 0.5))
-    assert strategy.texts
+    assert strategy.open
 
 
 def test_trials_begin_with_masks_and_losing_ones_end() -> None:
@@ -192,3 +192,59 @@ def test_what_tokens_are_worth_follows_the_latest_batches_of_a_size() -> None:
     assert pause.worth(3) == pytest.approx(0.8) and pause.worth(8) == 1.0
     pause.learn_worth(4, 0.4)
     assert 0.4 < pause.worth(4) < 0.8
+
+
+def test_a_text_that_foretells_itself_ends_a_pause_and_a_failed_trial_makes_that_harder() -> None:
+    pause = Pause()
+    pause.begin_text(1)
+    for _ in range(FIRST):
+        assert pause.paused()
+        pause.rested(1, 1.0)
+
+    def fail() -> None:
+        while not pause.paused():
+            pause.worked(1, 2.0, 1.0)
+
+    fail()
+    assert not pause.foretold(WOKEN_BY - 1) and pause.paused()
+    assert pause.foretold(WOKEN_BY) and not pause.paused()
+    assert not pause.first_of_trial  # masks need not be tried for it
+    fail()
+    assert not pause.foretold(2 * WOKEN_BY - 1) and pause.foretold(2 * WOKEN_BY)
+    fail()
+    pause.begin_text(1)
+    assert pause.paused() and pause.foretold(WOKEN_BY)
+
+
+def test_in_a_pause_the_loop_of_a_text_is_seen() -> None:
+    pause = Pause()
+    strategy, row = adaptive(pause), Running(0, 10**6, list(range(50)))
+    pause.begin_text(1)
+    kinds = []
+    for step in range(120):
+        (layout,) = strategy.layouts([row])
+        kinds.append(strategy.paused)
+        token = 1000 + step if step < 60 else step % 3  # from then on it says the same three
+        strategy.decided(row, [token])
+        row.text.append(token)
+        row.drafts = 0
+        strategy.drafted([row], torch.empty((1, 0), dtype=torch.long), None)
+        strategy.took(layout, 1.0 if strategy.paused else 3.0 if step < 60 else 0.5)
+    assert all(kinds[:FIRST]) and any(kinds[40:60])
+    # Three tokens to begin the loop, a first draft to be foretold, and so many that hold.
+    assert not any(kinds[60 + 3 + 1 + WOKEN_BY + 1 :])
+    strategy.lookup = False
+    assert not strategy._woken([row])
+
+
+def test_of_a_paused_batch_one_text_a_step_is_watched() -> None:
+    pause = Pause()
+    strategy = adaptive(pause)
+    pause.begin_text(2)
+    looping, other = Running(0, 100, [1, 2, 3] * 8), Running(1, 100, list(range(24)))
+    for step in range(40):
+        strategy._woken([looping, other])
+        looping.text.append(step % 3 + 1)
+        other.text.append(100 + step)
+    assert strategy.texts[0].run > 10 and strategy.texts[1].run == 0
+    assert pause.paused()  # half of them looping is not enough

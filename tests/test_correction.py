@@ -1,0 +1,62 @@
+"""Costs corrected by what steps really take: level and slope over the width, whatever single steps do."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from foretell.decoding.calibration import Experience
+from foretell.decoding.correction import LATEST, Correction
+from foretell.decoding.costs import Costs
+from foretell.decoding.planner import Planner
+from foretell.layout import Block, Layout
+
+
+def test_nothing_is_said_from_few_steps() -> None:
+    correction = Correction(4)
+    for _ in range(3):
+        correction.took(9, 2.0)
+        assert correction.fit() is None
+    correction.took(9, 2.0)
+    fit = correction.fit()
+    assert fit is not None and fit.factor == pytest.approx(2.0)
+    assert fit.at(np.array([1.0, 81.0])) == pytest.approx([2.0, 2.0])  # one width tells nothing of others
+
+
+def test_level_and_slope_are_found_through_disturbances() -> None:
+    random = np.random.default_rng(0)
+    correction = Correction(16)
+    for _ in range(LATEST):
+        width = int(random.choice([5, 9, 9, 13, 20]))
+        share = 0.46 * (width / 9) ** 0.4 * np.exp(0.05 * random.standard_normal())
+        correction.took(width, share * (4 if random.random() < 0.2 else 1))  # the machine was busy
+    fit = correction.fit()
+    assert fit is not None
+    assert fit.at(np.array([5.0, 9.0, 20.0])) == pytest.approx(0.46 * np.array([5 / 9, 1, 20 / 9]) ** 0.4, rel=0.07)
+
+
+def test_the_latest_steps_count() -> None:
+    correction = Correction(4)
+    for share in (3.0, 1.0):
+        for width in [3, 9] * (LATEST // 2):
+            correction.took(width, share)
+    fit = correction.fit()
+    assert fit is not None and fit.factor == pytest.approx(1.0)
+
+
+def test_a_planner_with_too_flat_a_table_learns_what_wide_steps_take() -> None:
+    """Measured while something else ran, all steps seemed as dear; then wide ones take what they take."""
+    planner = Planner(Costs({1: 9.0, 9: 15.0}, {2: 16.0, 81: 24.0}, {8: 0.0}), Experience(8))
+
+    def real(width: int) -> float:
+        return 3.0 * (width / 9) ** 0.7
+
+    for masks, regular in [(4, 1), (8, 1), (6, 7), (8, 8)] * 16:
+        layout = Layout(regular, (Block(regular - 1, masks),))
+        planner.took(layout, 0, real(layout.width))
+        planner.took(Layout(1), 0, 2.0)
+    planner.solve()
+    assert planner._table[0, 0] == pytest.approx(2.0)
+    for drafts, masks in ((0, 4), (0, 8), (7, 8), (8, 16)):
+        assert planner._table[drafts, masks] == pytest.approx(real(drafts + 1 + masks), rel=0.15)
+    assert (np.diff(planner._table[:, 1:], axis=0) >= 0).all() and (np.diff(planner._table[:, 1:], axis=1) >= 0).all()
