@@ -9,7 +9,7 @@ from torch import Tensor
 
 from foretell.config import STRATEGIES, DecodeConfig
 from foretell.decoding.cache import StaticCache
-from foretell.decoding.draft import GoOn, SamplerDrafter
+from foretell.decoding.draft import SamplerDrafter
 from foretell.decoding.loop import Step, steps
 from foretell.decoding.pick import Picker
 from foretell.decoding.stopping import Stop
@@ -44,9 +44,8 @@ class EverySecondSpoiled(SamplerDrafter):
         sequences: Sequence[int],
         places: Sequence[int],
         logits: Tensor | None = None,
-        go_on: GoOn | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        drafts, confidences = super().__call__(latents, before, sequences, places, logits, go_on)
+        drafts, confidences = super().__call__(latents, before, sequences, places, logits)
         self.noted.extend(zip(sequences, places, before.tolist(), strict=True))
         odd = torch.tensor(sequences)[:, None] % 2
         return (drafts + odd) % VOCAB, confidences

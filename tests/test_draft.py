@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from foretell.decoding.draft import GoOn, draft
+from foretell.decoding.draft import draft
 from foretell.model import MTPModel
 from foretell.sampler import BigramHead, CombinedHead, SamplerHead, SplitLinear
 
@@ -109,22 +109,28 @@ def test_shortlist_never_changes_the_output() -> None:
     assert model.generate(input_ids=prompt, max_new_tokens=40, shortlist=3).token_ids == expected
 
 
-def test_a_chain_ends_when_told() -> None:
-    def above(floor: float) -> GoOn:
-        reach = torch.ones(2)
-        return lambda confidences: float(reach.mul_(confidences).max()) >= floor
+def test_a_chain_that_was_guessed_takes_one_sweep_and_any_no_more_than_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    sweeps = 0
+    finish = SamplerHead.finish
 
-    model = tiny_model()
-    latents = torch.randn(2, 4, model.base.d_model, generator=torch.Generator().manual_seed(0))
-    before = torch.tensor([[3, 1], [4, 2]])
-    drafts, sure = draft(model, latents, before, confident=True)
-    assert sure is not None
-    reach = sure.cumprod(1).amax(0)  # of the sequence that fares best
-    for made in (1, 2, 3):
-        floor = float(reach[made - 1]) * 1.001
-        early, confidences = draft(model, latents, before, confident=True, go_on=above(floor))
-        assert torch.equal(early, drafts[:, :made]) and torch.equal(confidences, sure[:, :made])
-    assert draft(model, latents, before, confident=True, go_on=above(0.0))[0].shape == (2, 4)
+    def counted(self: SamplerHead, *args: Tensor) -> Tensor:
+        nonlocal sweeps
+        sweeps += 1
+        return finish(self, *args)
+
+    monkeypatch.setattr(SamplerHead, "finish", counted)
+    latents = torch.randn(30, 6, 32, generator=torch.Generator().manual_seed(0))
+    before = torch.stack([torch.arange(30), torch.arange(30)], dim=1)
+    own = tiny_model(sampler="residual", random_adapter=False)  # its head starts at the base's own choice
+    assert torch.equal(draft(own, latents, before)[0], own.base.unembed(latents).argmax(-1)) and sweeps == 1
+    sweeps, other = 0, tiny_model(sampler="mlp")
+    assert draft(other, latents, before)[0].tolist() == [
+        plain_chain(other, one, two) for one, two in zip(latents, before, strict=True)
+    ]
+    assert 2 <= sweeps <= 6
+    sweeps = 0
+    draft(other, latents[:, :1], before)
+    assert sweeps == 1
 
 
 def test_the_bigram_head_adds_a_low_rank_table_to_the_logits() -> None:

@@ -259,21 +259,3 @@ def test_adaptive_decoding_changes_nothing() -> None:
         prompt = random_prompt(length)
         expected = reference(model.base.lm, prompt, 60)
         assert model.generate(input_ids=prompt, max_new_tokens=60, strategy="adaptive").token_ids == expected
-
-
-def test_drafting_goes_on_by_what_confidences_turned_out_to_be_worth() -> None:
-    """A sampler that says 0.5 and is nearly always right must not be stopped by its modesty."""
-    experience = Experience(4)
-    planner = Planner(noisy_costs(4, COSTS["1B"], 0.0, np.random.default_rng(0)), experience)
-    strategy = Adaptive(lambda sequences: planner, experience, floor=0.2)
-
-    def made() -> int:
-        """Drafts of 0.5 until told to stop."""
-        go_on = strategy.go_on
-        assert go_on is not None
-        return next((n for n in range(1, 5) if not go_on(torch.tensor([0.1, 0.5]))), 4)
-
-    assert made() == 2  # of both sequences on average: 0.3, 0.13
-    teach(experience.calibration, [([0.0] * 4, 4)] * 300)
-    assert made() == 4
-    assert Adaptive(lambda sequences: planner, experience).go_on is None

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from foretell.config import DecodeConfig
 from foretell.decoding import loop
-from foretell.decoding.draft import GoOn, SamplerDrafter
+from foretell.decoding.draft import SamplerDrafter
 from foretell.decoding.generate import MTPForCausalLM
 from foretell.decoding.pick import Picker
 from foretell.errors import ForetellError
@@ -37,7 +37,6 @@ class Counted:
         sequences: object,
         places: object,
         logits: Tensor | None = None,
-        go_on: GoOn | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         self.calls += 1
         return torch.full(latents.shape[:2], 3), None

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from foretell.base import Base
 from foretell.config import STRATEGIES, DecodeConfig, MTPConfig
 from foretell.decoding import loop
-from foretell.decoding.draft import GoOn
 from foretell.decoding.generate import MTPForCausalLM
 from foretell.decoding.pick import Picker, first_largest, log_waits
 
@@ -124,7 +123,6 @@ class Scripted:
         sequences: Sequence[int],
         places: Sequence[int],
         logits: Tensor | None = None,
-        go_on: GoOn | None = None,
     ) -> tuple[Tensor, None]:
         columns = torch.tensor(places)[:, None] + torch.arange(latents.shape[1])
         return self.texts[torch.tensor(sequences)[:, None], columns.clamp(max=LENGTH - 1)], None
@@ -295,3 +293,25 @@ def test_a_certain_token_is_drawn_whatever_its_wait() -> None:
 def test_of_equal_scores_the_first_is_taken_as_by_argmax() -> None:
     scores = torch.randint(0, 4, (40, 5000), generator=torch.Generator().manual_seed(0)).float()
     assert torch.equal(first_largest(scores), scores.argmax(-1))
+
+
+def test_the_race_of_drafts_is_the_one_that_the_base_will_run() -> None:
+    """All places of a block at once, over all tokens or over a shortlist, as place by place."""
+    picker = Picker(DecodeConfig(temperature=0.8, top_p=0.95, seed=3))
+    vocab, masks, sequences, places = 40, 3, [5, 0], [7, 2]
+    scores = 2 * torch.randn(2, masks, vocab, generator=torch.Generator().manual_seed(0))
+    tokens = scores.topk(12, sorted=False).indices
+    for shortlist in (None, tokens):
+        everywhere = scores
+        if shortlist is not None:
+            everywhere = torch.full_like(scores, -torch.inf).scatter(2, shortlist, scores.gather(2, shortlist))
+        expected = torch.stack(
+            [picker.pick(everywhere[:, mask], sequences, [place + mask for place in places]) for mask in range(masks)],
+            1,
+        )
+        choose = picker.race(sequences, places, masks, vocab)
+        for _ in range(2):  # the same each time it is run
+            index = choose(scores if shortlist is None else scores.gather(2, shortlist), shortlist)
+            drawn = index if shortlist is None else shortlist.gather(2, index[..., None])[..., 0]
+            assert torch.equal(drawn, expected)
+    assert len(set(expected.flatten().tolist())) > 2

@@ -247,7 +247,7 @@ def draft_blocks(
     drafts, confidences = before.new_empty((len(running), 0)), None
     if latents.shape[1]:
         sequences, places = [row.sequence for row in running], [row.place for row in running]
-        drafts, confidences = drafter(latents, before, sequences, places, logits, strategy.go_on)
+        drafts, confidences = drafter(latents, before, sequences, places, logits)
     for row in running:
         row.drafts = min(row.drafts, drafts.shape[1])
     drafts = strategy.drafted(running, drafts, confidences)

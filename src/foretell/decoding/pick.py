@@ -76,6 +76,25 @@ class Picker:
         keys = [self._key(*key) for key in zip(sequences, places, strict=True)]
         return first_largest(scores - log_waits(keys, logits.shape[-1], logits.device))
 
+    def race(
+        self, sequences: Sequence[int], places: Sequence[int], count: int, vocab: int
+    ) -> Callable[[Tensor, Tensor | None], Tensor]:
+        """For drafts of `count` places in a row, the first of them `places[n]` of `sequences[n]`, in the races of `pick`.
+
+        What it gives takes scores (N, count, V), or (N, count, m) of the tokens (N, count, m), to the winners (N, count).
+        """
+        starts = zip(sequences, places, strict=True)
+        keys = [self._key(sequence, start + number) for sequence, start in starts for number in range(count)]
+        waits: list[Tensor] = []
+
+        def choose(scores: Tensor, tokens: Tensor | None) -> Tensor:
+            if not waits:
+                waits.append(log_waits(keys, vocab, scores.device).view(-1, count, vocab))
+            own = waits[0] if tokens is None else waits[0].gather(2, tokens)
+            return first_largest(self.scores(scores.flatten(0, 1)).view_as(scores) - own)
+
+        return choose
+
     def scores(self, logits: Tensor, texts: Sequence[Tensor] | None = None) -> Tensor:
         """logits (N, V) -> what is chosen from, (N, V), with the text before each row's token if processors read it."""
         if self.reads_text and texts is not None:

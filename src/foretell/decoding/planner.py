@@ -33,11 +33,9 @@ class Planner:
     drafts hold, and a step is decided by one small product.
     """
 
-    def __init__(self, costs: Costs, experience: Experience, stops_early: bool = False) -> None:
-        """`stops_early`: drafting ends where drafts become unlikely (`floor`); for devices that need no waiting."""
+    def __init__(self, costs: Costs, experience: Experience) -> None:
         self.masks = masks = experience.masks
         self.experience = experience
-        self.stops_early, self.floor = stops_early, 0.0
         self.shapes = shapes(masks)
         # (L, k+1): masks after each token of each shape; then (L,): drafts it verifies, masks in all, seconds of a step
         self._blocks = np.array([[dict(shape.blocks).get(r, 0) for r in range(masks + 1)] for shape in self.shapes])
@@ -56,7 +54,6 @@ class Planner:
         self._corrections = Correction(PLAIN_TIMED), Correction(TIMED), Correction(TIMED)
         self._widths = np.arange(1.0, masks + 2)[:, None] + np.arange(masks * (masks + 1) + 1)  # by drafts and masks
         self.value = np.zeros(masks + 1)
-        self._made = np.ones(masks)  # of a block, how often each draft is made
         self._measured, self._drafting = costs.steps(masks), costs.drafting(masks)
         self._table, self.per_token = self._measured, float(self._measured[0, 0])
         self.sequences = self._solved_for = 1
@@ -192,7 +189,7 @@ class Planner:
         for axis in (0, 1):  # a fit may fall faster with the width than what was measured rises
             self._table[:, 1:] = np.maximum.accumulate(self._table[:, 1:], axis)
         self._seconds = self._table[self._verified, self._hung]
-        self._chain = np.diff(self._drafting) * masked.factor  # (k,): seconds of each draft of the sampler chain
+        self.drafting = self._drafting * masked.factor  # (k+1,): seconds of making the drafts of a block of n masks
         self._weights = self._worth()
         self._dearer = (self._table - self._table[0]).min(1)  # (k+1,): what verifying d drafts adds, at least
 
@@ -201,13 +198,6 @@ class Planner:
         self._correct_costs()
         reach, found = self.experience.recent_reach()  # (N, k+1) each
         self._solved_for = self.sequences
-        if self.stops_early:
-            # A draft is worth a token's seconds times the chance that it is reached, and those after it once more.
-            self.floor = float(self._chain.mean()) / self.per_token / 2
-            together = min(self.sequences, len(reach))  # batches that the recent blocks make
-            starts = np.arange(0, len(reach) - together + 1, together)
-            sizes = np.diff(np.append(starts, len(reach)))[:, None]
-            self._made = (np.add.reduceat(reach[:, :-1], starts) >= self.floor * sizes).mean(0)
         for _ in range(ROUNDS):
             before = np.append(self.value, self.per_token)
             self._evaluate(*self._improved(reach, found))
@@ -253,11 +243,6 @@ class Planner:
         unknown[:, 0] = tokens
         self.per_token, *value = np.linalg.solve(unknown, seconds).tolist()
         self.value = np.array([0.0, *value])
-
-    @property
-    def drafting(self) -> Floats:
-        """(k+1,): seconds expected of making the drafts of a block of n masks."""
-        return np.append(0.0, np.cumsum(self._chain * self._made))
 
     def _worth(self) -> Floats:
         """(L, k+1): what S_r, the chance that the first r drafts hold, adds to a step's seconds by every shape.

@@ -35,8 +35,7 @@ class Planning:
         for size in {1, 1 << (sequences - 1).bit_length()} - self._costs.keys():
             self._costs[size] = costs(model, self.config, size)
         if self._planner is None:
-            stops_early = model.base.device.type == "cpu"  # elsewhere each look at a confidence would hold up the queue
-            self._planner = Planner(self._costs[1], self.experience, stops_early)
+            self._planner = Planner(self._costs[1], self.experience)
 
     def planner(self, sequences: int) -> Planner:
         """For so many sequences: as some leave a batch, the steps of the others get cheaper."""

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from foretell.decoding.calibration import Calibration, Experience, log_odds
-from foretell.decoding.draft import GoOn
+from foretell.decoding.calibration import Calibration, Experience
 from foretell.decoding.lookup import Found, TextLookup, match_log_odds
 from foretell.decoding.pausing import Batch, Pause
 from foretell.decoding.planner import Planner
@@ -32,11 +31,6 @@ class Running:
 
 class Strategy(Protocol):
     """What the loop asks and tells, step by step."""
-
-    @property
-    def go_on(self) -> GoOn | None:
-        """For one block of every sequence: whether more drafts are worth making, see `Drafter`; None: always."""
-        ...
 
     def layouts(self, running: Sequence[Running], refilled: bool = False) -> list[Layout]:
         """The next step's layout of every sequence; the loop fills them up to one batch.
@@ -68,7 +62,6 @@ class Fixed:
 
     name: str
     masks: int
-    go_on: ClassVar[None] = None
 
     def layouts(self, running: Sequence[Running], refilled: bool = False) -> list[Layout]:
         return [next_layout(self.name, row.drafts, self.masks, row.remaining) for row in running]
@@ -106,7 +99,6 @@ class Adaptive:
     open: dict[int, list[OpenBlock]] = field(default_factory=dict)  # by sequence
     reach: dict[int, list[float]] = field(default_factory=dict)  # chances that the first 0, 1, ... drafts at hand hold
     texts: dict[int, TextLookup] = field(default_factory=dict)
-    floor: float = 0.0  # of the chance that all drafts made so far hold
     pause: Pause | None = None  # None: it never pauses
     paused: bool = False
     planning: Planner | None = None  # who planned the last step
@@ -136,21 +128,8 @@ class Adaptive:
         remaining = [row.remaining for row in running]
         urgency = planner.urgency(remaining, refilled)
         self.urgency = dict(zip((row.sequence for row in running), urgency, strict=True))
-        layouts, self.floor = planner.layouts(reach, remaining, urgency), planner.floor
+        layouts = planner.layouts(reach, remaining, urgency)
         return [within(layout, left) for layout, left in zip(layouts, remaining, strict=True)]
-
-    @property
-    def go_on(self) -> GoOn | None:
-        if not self.floor:
-            return None
-        reach: list[list[float]] = []  # by draft made: the chance that it and all before it hold, of each sequence
-
-        def likely(confidences: Tensor) -> bool:
-            sure = [self.experience.calibration.chance(log_odds(c), len(reach)) for c in confidences.tolist()]
-            reach.append([a * b for a, b in zip(sure, reach[-1], strict=True)] if reach else sure)
-            return sum(reach[-1]) >= self.floor * len(reach[-1])  # all pay, and gain what they do on average
-
-        return likely
 
     def decided(self, row: Running, tokens: Sequence[int]) -> None:
         self.gained += len(tokens) * self.urgency.get(row.sequence, 1.0)

@@ -18,7 +18,7 @@ from foretell.attention import AttentionMask
 from foretell.base import Base
 from foretell.config import DecodeConfig
 from foretell.decoding import loop
-from foretell.decoding.draft import Drafter, GoOn, SamplerDrafter
+from foretell.decoding.draft import Drafter, SamplerDrafter
 from foretell.decoding.generate import MTPForCausalLM
 from foretell.decoding.pick import Picker
 from foretell.errors import ForetellError
@@ -121,10 +121,9 @@ class TimedDrafter:
         sequences: Sequence[int],
         places: Sequence[int],
         logits: Tensor | None = None,
-        go_on: GoOn | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         with self.watch.section(DRAFT):
-            return self.drafter(latents, before, sequences, places, logits, go_on)
+            return self.drafter(latents, before, sequences, places, logits)
 
 
 class TimedLean(LeanSteps):

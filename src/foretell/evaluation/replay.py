@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from foretell.decoding.draft import Drafter, GoOn
+from foretell.decoding.draft import Drafter
 from foretell.errors import ForetellError
 from foretell.evaluation.acceptance_profiles import check_profile
 
@@ -64,7 +64,6 @@ class ReplayDrafter:
         sequences: Sequence[int],
         places: Sequence[int],
         logits: Tensor | None = None,
-        go_on: GoOn | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See `Drafter`: latents (B, K, D), before (B, 2) -> drafts (B, K) int64, confidences (B, K) fp32.
 
@@ -80,10 +79,8 @@ class ReplayDrafter:
                 )
         drafts = torch.stack([self.drafts[key][:masks] for key in keys])
         confidences = torch.stack([self.confidences[key][:masks] for key in keys])
-        if go_on is not None:  # as the sampler's own chain would end, by these confidences
-            masks = next((n for n in range(1, masks) if not go_on(confidences[:, n - 1])), masks)
-        self.drafter(latents[:, :masks], before, sequences, places, None if logits is None else logits[:, :masks])
-        return drafts[:, :masks], confidences[:, :masks]
+        self.drafter(latents, before, sequences, places, logits)
+        return drafts, confidences
 
 
 def true_drafts(continuations: Sequence[Sequence[int]], masks: int) -> Tensor:
