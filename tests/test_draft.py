@@ -123,10 +123,10 @@ def test_a_chain_that_was_guessed_takes_one_sweep_and_any_no_more_than_masks(mon
     before = torch.stack([torch.arange(30), torch.arange(30)], dim=1)
     own = tiny_model(sampler="residual", random_adapter=False)  # its head starts at the base's own choice
     assert torch.equal(draft(own, latents, before)[0], own.base.unembed(latents).argmax(-1)) and sweeps == 1
-    sweeps, other = 0, tiny_model(sampler="mlp")
-    assert draft(other, latents, before)[0].tolist() == [
-        plain_chain(other, one, two) for one, two in zip(latents, before, strict=True)
-    ]
+    other = tiny_model(sampler="mlp")
+    expected = [plain_chain(other, one, two) for one, two in zip(latents, before, strict=True)]
+    sweeps = 0
+    assert draft(other, latents, before)[0].tolist() == expected
     assert 2 <= sweeps <= 6
     sweeps = 0
     draft(other, latents[:, :1], before)

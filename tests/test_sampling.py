@@ -305,10 +305,8 @@ def test_the_race_of_drafts_is_the_one_that_the_base_will_run() -> None:
         everywhere = scores
         if shortlist is not None:
             everywhere = torch.full_like(scores, -torch.inf).scatter(2, shortlist, scores.gather(2, shortlist))
-        expected = torch.stack(
-            [picker.pick(everywhere[:, mask], sequences, [place + mask for place in places]) for mask in range(masks)],
-            1,
-        )
+        rows = [picker.pick(everywhere[:, mask], sequences, [p + mask for p in places]) for mask in range(masks)]
+        expected = torch.stack(rows, dim=1)
         choose = picker.race(sequences, places, masks, vocab)
         for _ in range(2):  # the same each time it is run
             index = choose(scores if shortlist is None else scores.gather(2, shortlist), shortlist)

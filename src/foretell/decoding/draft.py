@@ -16,8 +16,8 @@ from foretell.packed import PackedLinear
 
 LARGE_VOCABULARY, SHORTLIST = 2048, 64
 ALONG = 2  # blocks' worth of masks
-# Passes over a chain where looking whether it has settled would stall the queue: nearly all have by then.
-UNSEEN_SWEEPS = 3
+UNSEEN_SWEEPS = 5  # over a chain, where looking whether it has settled would stall the queue
+LEAST_REACH = 0.1  # chance of drafts up to one that has changed, below which those behind it may stay
 
 # Scores (B, K, V), or (B, K, m) of tokens (B, K, m), of all drafts of a block -> which of them, (B, K).
 Choose = Callable[[Tensor, Tensor | None], Tensor]
@@ -67,9 +67,8 @@ class SamplerDrafter:
     ) -> tuple[Tensor, Tensor | None]:
         choose: Choose = largest
         if self.picker.draws_drafts:
-            choose = self.picker.race(
-                sequences, places, latents.shape[1], self.model.base.vocab_size
-            )  # in which the base will pick
+            # In which the base will pick.
+            choose = self.picker.race(sequences, places, latents.shape[1], self.model.base.vocab_size)
         shortlist = shortlist_size(self.model, self.config.shortlist)
         confident = self.config.strategy == "adaptive"
         return draft(self.model, latents, before, self.config.use_sampler, shortlist, choose, confident, logits)
@@ -107,11 +106,11 @@ def draft(
     it every draft is the base's argmax at its mask. If `confident`, with the drafts' own probabilities (B, K) fp32.
 
     The chain is not walked draft by draft: all drafts are made at once, behind a guess of those before them, at first
-    what the base itself would say at the masks, then what the last sweep gave, until nothing changes. After n sweeps the
-    first n drafts are the chain's; mostly all are after two. A sweep reads the whole unembedding once, where the chain
-    would read it for every draft. With `shortlist` m only the rows of the m tokens are read that the base likes best at
-    each mask: cheaper, and different only where the sampler's choice is not among them. Either way it concerns drafts
-    alone, never the output.
+    what the base itself would say at the masks, then what the last sweep gave, until nothing changes. After n sweeps
+    the first n drafts are the chain's, and mostly more. If `confident`, unlikely drafts are not brought to the end of
+    it (`LEAST_REACH`). A sweep reads the whole unembedding once, where the chain would read it for every draft. With
+    `shortlist` m only the rows of the m tokens are read that the base likes best at each mask: cheaper, and different
+    only where the sampler's choice is not among them. Either way it concerns drafts alone, never the output.
 
     logits (B, K, V) are the base's at the masks if they were read before.
     """
@@ -138,14 +137,29 @@ def draft(
         scores = model.base.unembed(sampled) if short is None else short.scores(sampled)
         index = choose(scores, tokens)
         guess, drafts = drafts, index if tokens is None else tokens.gather(2, index[..., None])[..., 0]
-        if seen and torch.equal(guess, drafts):
+        sure = confidence(scores, index) if confident else None
+        if seen and settled(guess, drafts, sure):
             break
-    return drafts, confidence(scores, index) if confident else None
+    return drafts, sure
 
 
 def confidence(scores: Tensor, index: Tensor) -> Tensor:
     """scores (B, K, V or m), which were chosen (B, K) -> their probabilities (B, K) fp32."""
     return scores.softmax(-1, dtype=torch.float32).gather(2, index[..., None])[..., 0]
+
+
+def settled(guess: Tensor, drafts: Tensor, confidences: Tensor | None) -> bool:
+    """Whether drafts (B, K) made behind a guess are what they would be behind themselves, as far as it matters."""
+    sure = torch.ones_like(drafts) if confidences is None else confidences
+    for guessed, made, chances in zip(guess.tolist(), drafts.tolist(), sure.tolist(), strict=True):
+        reach = 1.0
+        for old, new, chance in zip(guessed[:-1], made[:-1], chances[:-1], strict=True):  # nothing is behind the last
+            reach *= chance
+            if old != new:
+                if reach >= LEAST_REACH:
+                    return False
+                break
+    return True
 
 
 class Shortlist:

@@ -79,9 +79,9 @@ class Picker:
     def race(
         self, sequences: Sequence[int], places: Sequence[int], count: int, vocab: int
     ) -> Callable[[Tensor, Tensor | None], Tensor]:
-        """For drafts of `count` places in a row, the first of them `places[n]` of `sequences[n]`, in the races of `pick`.
+        """For drafts of `count` places in a row from place `places[n]` of `sequences[n]` on, in the races of `pick`.
 
-        What it gives takes scores (N, count, V), or (N, count, m) of the tokens (N, count, m), to the winners (N, count).
+        It takes scores (N, count, V), or (N, count, m) of tokens (N, count, m), to which of them wins, (N, count).
         """
         starts = zip(sequences, places, strict=True)
         keys = [self._key(sequence, start + number) for sequence, start in starts for number in range(count)]

@@ -16,6 +16,8 @@ from foretell.decoding.pausing import Batch, Pause
 from foretell.decoding.planner import Planner
 from foretell.layout import Block, Layout, linear, plain, quadratic
 
+MARGIN = 1.15  # by which the text's own drafts must promise more than those of the masks: the better guess flatters
+
 
 @dataclass
 class Running:
@@ -213,7 +215,7 @@ class Adaptive:
             logits = self.experience.made(confidences[: row.drafts])
             block = OpenBlock([int(token) for token in made[: row.drafts]], logits, self.experience.calibration)
             blocks.append(block)
-            if sum(block.reach) >= sum(found.reach):
+            if MARGIN * sum(block.reach) >= sum(found.reach):
                 best, instead = block, False
         self.open.setdefault(row.sequence, []).extend(blocks)
         self.reach[row.sequence], row.drafts = best.reach, len(best.drafts)
