@@ -71,6 +71,7 @@ def command(
         raise typer.Exit(INTERRUPTED) from None
     if main:
         report(places["output"], model.provenance, as_json)
+    PartialState().destroy_process_group()  # its threads may abort a process that ends beside them
 
 
 def merge_settings(path: Path | None, given: dict[str, Any]) -> tuple[dict[str, Any], MTPConfig, TrainConfig]:
