@@ -12,6 +12,7 @@ RENEWED = 512  # steps without a pause after which plain steps are timed again
 TRIAL = 3  # steps before a pause, at least
 SURE = 1.5  # standard deviations, roughly, that losses must be away from none
 EXPECTED = 4.0  # squared plain steps: what one step may well gain that nothing has been seen of yet
+BELIEVED = 16  # plain steps' time of what the planner promises that losses must outweigh; half as many after a failure
 PAUSES = (32, 1024)  # steps: the first, and the longest; each is `LONGER` times as long as the last, while trials fail
 LONGER = 4
 WOKEN_BY = 6  # first drafts of the text itself that would have held in a row: it has begun to repeat itself
@@ -62,12 +63,15 @@ class Pause:
         return self._paused
 
     def foretold(self, run: int) -> bool:
-        """In a pause so many drafts in a row would have held; whether it ends by that. Should the trial fail
-        nevertheless, it takes twice as many the next time."""
-        if self._paused and run >= WOKEN_BY << self._woken:
-            self._paused, self._woken = False, self._woken + 1
+        """Nothing was looked for, and so many drafts in a row would have held; whether that ends a pause. Should the
+        trial fail nevertheless, it takes twice as many the next time."""
+        if run < WOKEN_BY << self._woken:
+            return False
+        self._woken += 1
+        if self._paused:
+            self._paused = False
             self._try_anew()
-        return not self._paused
+        return True
 
     @property
     def first_of_trial(self) -> bool:
@@ -91,8 +95,11 @@ class Pause:
         """A step other than a plain one, whose seconds don't count: it found no drafts, and made some for the next."""
         self._since_pause, self._warm = self._since_pause + 1, True
 
-    def worked(self, sequences: int, share: float, tokens: float) -> None:
-        """Another step took so many times the seconds measured for a plain one, and gave so many tokens a sequence."""
+    def worked(self, sequences: int, share: float, tokens: float, gain: float = 0.0) -> None:
+        """Another step took so many times the seconds measured for a plain one, and gave so many tokens a sequence.
+
+        `gain`: tokens that the planner promises for the time of a plain step, above one.
+        """
         if not self._warm:
             return self.began()
         self._since_pause += 1
@@ -102,7 +109,8 @@ class Pause:
         self._squares = FADES * self._squares + lost**2
         if self._steps < TRIAL:
             return
-        if self._lost > SURE * math.sqrt(self._squares + EXPECTED / sequences):
+        promised = (BELIEVED >> self._failed) * gain
+        if self._lost - promised > SURE * math.sqrt(self._squares + EXPECTED / sequences):
             steps = min(PAUSES[0] * LONGER**self._failed, PAUSES[1])
             self._failed, self._for_text = self._failed + 1, int(IN_NEW_TEXT * steps)
             self._pause(steps)

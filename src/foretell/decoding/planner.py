@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
-from itertools import combinations, groupby
+from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 from foretell.decoding.calibration import Experience, Floats
 from foretell.decoding.correction import Correction, Fit
 from foretell.decoding.costs import Costs
+from foretell.decoding.shapes import shapes
 from foretell.layout import Block, Layout
 
 ROUNDS, CLOSE = 10, 0.01  # of policy iteration, at most, and what may change, in tokens, in the last of them
@@ -21,6 +21,10 @@ PLAIN_TIMED, TIMED = 4, 16  # steps that correct the costs of their kind, at lea
 PROBE_EVERY = (8, 256)  # steps without masks before some are tried again, `PROBE_RARER` times as many while in vain
 PROBE_RARER = 8
 PROBE_MASKS, FEWEST_PROBED = 4, 2  # the first drafts tell most
+PAYS = (
+    0.97  # seconds per token, as a share of a plain step's, below which anything but plain steps is worth its trouble
+)
+SETTLED = 4  # steps after which the fate of what was tried is known
 
 
 class Planner:
@@ -37,19 +41,6 @@ class Planner:
         self.masks = masks = experience.masks
         self.experience = experience
         self.shapes = shapes(masks)
-        # (L, k+1): masks after each token of each shape; then (L,): drafts it verifies, masks in all, seconds of a step
-        self._blocks = np.array([[dict(shape.blocks).get(r, 0) for r in range(masks + 1)] for shape in self.shapes])
-        self._verified = np.array([shape.regular - 1 for shape in self.shapes])
-        self._hung = self._blocks.sum(1)
-        # For batches: shapes in order of (drafts, masks), where each such pair starts, and the pairs.
-        self._by_pair = np.lexsort((self._hung, self._verified))
-        pairs = np.stack([self._verified, self._hung])[:, self._by_pair]
-        self._pair_starts = np.flatnonzero(np.append(True, (pairs[:, 1:] != pairs[:, :-1]).any(0)))
-        self._pairs = pairs[0, self._pair_starts], pairs[1, self._pair_starts]
-        self._ends = np.searchsorted(self._verified, np.arange(masks + 1), side="right")  # of those up to d drafts
-        self._starts = np.append(0, self._ends[:-1])  # of those with d drafts; the first of them hangs no masks
-        # (L, k+1): 1 for the tokens that a shape has
-        self._there = (np.arange(masks + 1) <= self._verified[:, None]).astype(float)
         # Of steps with neither drafts nor masks, with drafts alone, with masks.
         self._corrections = Correction(PLAIN_TIMED), Correction(TIMED), Correction(TIMED)
         self._widths = np.arange(1.0, masks + 2)[:, None] + np.arange(masks * (masks + 1) + 1)  # by drafts and masks
@@ -60,7 +51,7 @@ class Planner:
         self.plain: Floats = self._measured[0, :1]  # (n,): seconds of a plain step of 1, 2, ... n sequences
         self._shares = np.ones(1)  # (n,): see `urgency`
         self._correct_costs()
-        self._hangs_masks = False
+        self._hangs_masks, self._pays = False, True
         self._without_masks, self._probe_every = 0, PROBE_EVERY[0]
         self._until_solution, self._solve_every = 0, SOLVE_EVERY[0]
 
@@ -69,6 +60,7 @@ class Planner:
         self._measured, self._drafting = costs.steps(self.masks), costs.drafting(self.masks)
         self.plain = plain
         self.sequences = sequences = len(plain)
+        self.shapes = shapes(self.masks, several=sequences > 1)
         self._shares = np.maximum(np.diff(plain, prepend=0.0), 0.0) * sequences / plain[-1]
         self._correct_costs()  # which scales the solution
         if max(sequences, self._solved_for) >= 2 * min(sequences, self._solved_for):
@@ -97,8 +89,8 @@ class Planner:
             chosen = [self._best(reach[0])]
         else:
             chosen = self._best_together(reach, urgency or [1.0] * len(reach))
-        if not self._probe(any(self._hung[index] for index in chosen)):
-            return [self.shapes[index] for index in chosen]
+        if not self._probe(any(self.shapes.hung[index] for index in chosen)):
+            return [self.shapes.layouts[index] for index in chosen]
         most = max(FEWEST_PROBED, PROBE_MASKS // self.sequences)  # of many sequences fewer tell as much
         return [Layout(1, (Block(0, min(most, self.masks)),))] * len(chosen)
 
@@ -123,7 +115,7 @@ class Planner:
 
     def _best(self, reach: Sequence[float]) -> int:
         """The best shape for one sequence, for the chances that the first 0, 1, ... of its drafts hold."""
-        end = self._ends[len(reach) - 1]
+        end = self.shapes.ends[len(reach) - 1]
         return int((self._seconds[:end] + self._weights[:end, : len(reach)] @ np.array(reach)).argmin())
 
     def _best_together(self, reach: Sequence[Sequence[float]], urgency: Sequence[float]) -> list[int]:
@@ -136,25 +128,39 @@ class Planner:
         if not self._hangs_masks:  # then only the number of drafts is to choose
             net = self._table[: len(gained), 0] - gained
             drafts = int(net.argmin())
-            return [int(self._starts[min(drafts, len(own) - 1)]) for own in reach]
+            return [int(self.shapes.starts[min(drafts, len(own) - 1)]) for own in reach]
         if all(gain <= dearer for gain, dearer in zip(gained[1:], self._dearer[1:], strict=False)):
             return [self._best([1.0])] * len(reach)
         padded = np.array([[*own, *[0.0] * (self.masks + 1 - len(own))] for own in reach])
         worth = self._weights @ (padded.T * urgency)  # (L, B)
-        worth[self._verified[:, None] >= [len(own) for own in reach]] = np.inf
-        # Of each sequence, with at most d drafts verified and at most M masks; the rest of its rows is filler.
-        most = np.full((*self._table.shape, len(reach)), np.inf)
-        most[self._pairs] = np.minimum.reduceat(worth[self._by_pair], self._pair_starts, axis=0)
-        most = np.minimum.accumulate(np.minimum.accumulate(most, axis=0), axis=1)
+        worth[self.shapes.verified[:, None] >= [len(own) for own in reach]] = np.inf
+        most = self.shapes.least(worth, self._table.shape)
         # `value` sees one sequence that pays for the whole step: their mean is the step's.
         verified, hung = np.unravel_index(int((self._table + most.mean(-1)).argmin()), self._table.shape)
-        fits = (self._verified <= verified) & (self._hung <= hung)
+        fits = (self.shapes.verified <= verified) & (self.shapes.hung <= hung)
         return np.where(fits[:, None], worth, np.inf).argmin(0).tolist()
 
     def begin_text(self) -> None:
         """A new text may be of another kind: plan anew, and try masks soon if plain decoding seems best."""
         self._until_solution = 0
         self._without_masks, self._probe_every = 0, PROBE_EVERY[0]
+
+    def rests(self) -> bool:
+        """Whether the next step should be a plain one without anything else, as no other promises to pay and none is
+        to be tried; to be asked before each step to which no drafts are at hand."""
+        if self._pays or self._without_masks < SETTLED or self._without_masks + 1 >= self._probe_every:
+            return False
+        self._without_masks += 1
+        return True
+
+    def wake(self) -> None:
+        """There are signs that other steps pay now."""
+        self._pays, self._until_solution = True, SETTLED
+
+    @property
+    def gain(self) -> float:
+        """Tokens that the time of a plain step promises to give, above one."""
+        return float(self._table[0, 0]) / self.per_token - 1
 
     def probe_soon(self) -> None:
         """Hang masks at the next step, whether they seem worth it or not."""
@@ -169,6 +175,7 @@ class Planner:
         if self._without_masks < self._probe_every:
             return False
         self._without_masks, self._probe_every = 0, min(PROBE_RARER * self._probe_every, PROBE_EVERY[1])
+        self._until_solution = SETTLED
         return True
 
     def took(self, layout: Layout, drafts: int, seconds: float) -> None:
@@ -188,7 +195,7 @@ class Planner:
         self._table[0, 0] = self._measured[0, 0] * plain.factor
         for axis in (0, 1):  # a fit may fall faster with the width than what was measured rises
             self._table[:, 1:] = np.maximum.accumulate(self._table[:, 1:], axis)
-        self._seconds = self._table[self._verified, self._hung]
+        self._seconds = self._table[self.shapes.verified, self.shapes.hung]
         self.drafting = self._drafting * masked.factor  # (k+1,): seconds of making the drafts of a block of n masks
         self._weights = self._worth()
         self._dearer = (self._table - self._table[0]).min(1)  # (k+1,): what verifying d drafts adds, at least
@@ -196,7 +203,8 @@ class Planner:
     def solve(self) -> None:
         """Policy iteration over the recent blocks, going on from the last solution (docs/planner.md)."""
         self._correct_costs()
-        reach, found = self.experience.recent_reach()  # (N, k+1) each
+        # Sequences that share a step share its layout: what counts is the mean of as many.
+        reach, found = (means(chances, self.sequences) for chances in self.experience.recent_reach())  # (N, k+1) each
         self._solved_for = self.sequences
         for _ in range(ROUNDS):
             before = np.append(self.value, self.per_token)
@@ -204,6 +212,7 @@ class Planner:
             if np.abs(before - np.append(self.value, self.per_token)).max() < CLOSE * self.per_token:
                 break
         self._weights = self._worth()
+        self._pays = self.per_token < PAYS * self._table[0, 0]
         self._hangs_masks = bool((self.value + self.drafting).min() < 0)  # whether any block is worth its drafting
 
     def _improved(self, reach: Floats, found: Floats) -> tuple[NDArray[np.intp], Floats]:
@@ -214,30 +223,31 @@ class Planner:
         worth = self._worth().T
         scores = reach @ worth
         scores += self._seconds  # (N, L)
-        shapes = np.stack([scores[:, a:b].argmin(1) + a for a, b in zip(self._starts, self._ends, strict=True)], 1)
-        least = np.take_along_axis(scores, shapes, 1)
+        spans = zip(self.shapes.starts, self.shapes.ends, strict=True)
+        best = np.stack([scores[:, start:end].argmin(1) + start for start, end in spans], 1)
+        least = np.take_along_axis(scores, best, 1)
         lower = np.minimum.accumulate(least, 1)
         at = np.maximum.accumulate(np.where(least == lower, np.arange(self.masks + 1), 0), 1)
-        shapes, chances = np.take_along_axis(shapes, at, 1), np.repeat(reach[:, None], self.masks + 1, 1)
+        best, chances = np.take_along_axis(best, at, 1), np.repeat(reach[:, None], self.masks + 1, 1)
         if found[:, 1:].any():
             of_text = found @ worth + self._seconds
-            best = of_text.argmin(1)
-            instead = np.take_along_axis(of_text, best[:, None], 1) < lower
-            shapes = np.where(instead, best[:, None], shapes)
+            other = of_text.argmin(1)
+            instead = np.take_along_axis(of_text, other[:, None], 1) < lower
+            best = np.where(instead, other[:, None], best)
             chances = np.where(instead[..., None], found[:, None], chances)
-        return shapes, chances
+        return best, chances
 
-    def _evaluate(self, shapes: NDArray[np.intp], chances: Floats) -> None:
+    def _evaluate(self, chosen: NDArray[np.intp], chances: Floats) -> None:
         """Seconds per token and what drafts are worth if these shapes (N, k+1) are taken with n = 0..k at hand."""
         states = self.masks + 1
-        held = chances * self._there[shapes]  # (N, k+1, k+1): that the first r drafts hold and were verified
+        held = chances * self.shapes.there[chosen]  # (N, k+1, k+1): that the first r drafts hold and were verified
         exactly = held.copy()
         exactly[..., :-1] -= held[..., 1:]
-        left = self._blocks[shapes]  # drafts at hand then
-        seconds = (self._seconds[shapes] + (exactly * self.drafting[left]).sum(-1)).mean(0)
+        left = self.shapes.blocks[chosen]  # drafts at hand then
+        seconds = (self._seconds[chosen] + (exactly * self.drafting[left]).sum(-1)).mean(0)
         tokens = held.sum(-1).mean(0)
         cells = np.arange(states)[:, None] * states + left
-        moves = np.bincount(cells.ravel(), exactly.ravel(), states**2).reshape(states, states) / len(shapes)
+        moves = np.bincount(cells.ravel(), exactly.ravel(), states**2).reshape(states, states) / len(chosen)
         # h = seconds - per_token · tokens + moves · h with h(0) = 0, of which per_token takes the place.
         unknown = np.eye(states) - (1 - ENDS) * moves
         unknown[:, 0] = tokens
@@ -249,28 +259,15 @@ class Planner:
 
         Token r + 1 is worth `per_token`, and exactly r hold with chance S_r - S_{r+1}: that block's drafts remain.
         """
-        left = (self.value + self.drafting)[self._blocks]
+        left = (self.value + self.drafting)[self.shapes.blocks]
         left[:, 1:] -= left[:, :-1].copy()
         left -= self.per_token
-        left *= self._there
+        left *= self.shapes.there
         return left
 
 
-@lru_cache(maxsize=8)
-def shapes(masks: int) -> tuple[Layout, ...]:
-    """The layouts that a planner chooses from, by drafts verified: few enough to weigh all of them at every step.
-
-    Blocks of two sizes, of five, the larger one after the last draft, after another token, or after both: where the run
-    of drafts that hold will likely end. And full blocks after any two to four tokens, for machines with cheap rows.
-    """
-    sizes = sorted({round(masks * share / 4) for share in range(5)})
-    pairs = [(large, small) for large in sizes for small in sizes if small <= large]
-    found = set()
-    for drafts in range(masks + 1):
-        spots = [(spot, *pair) for spot in combinations(range(drafts + 1), 1) for pair in pairs]
-        spots += [((spot, drafts), *pair) for spot in range(drafts) for pair in pairs]
-        spots += [(spot, masks, 0) for size in (2, 3, 4) for spot in combinations(range(drafts + 1), size)]
-        for spot, large, small in spots:
-            counts = [large if r in spot else small for r in range(drafts + 1)]
-            found.add((drafts + 1, tuple(Block(r, count) for r, count in enumerate(counts) if count)))
-    return tuple(Layout(regular, blocks) for regular, blocks in sorted(found))
+def means(chances: Floats, count: int) -> Floats:
+    """(N, k+1) -> (N - count + 1, k+1), or (1, k+1): of that many in a row, or of all."""
+    count = min(count, len(chances))
+    sums = np.cumsum(np.vstack([np.zeros_like(chances[:1]), chances]), axis=0)
+    return (sums[count:] - sums[:-count]) / count

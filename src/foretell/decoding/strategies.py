@@ -121,11 +121,9 @@ class Adaptive:
         elif self.pause is not None and not self.sequences and len(planner.plain) == len(running):
             self.batch = Batch(planner.plain.tolist())
         self.sequences, self.gained, self.urgency = len(running), 0.0, {}
-        self.paused = self.pause is not None and self.pause.paused() and not self._woken(running)
+        self.paused = self._pauses(running, planner)
         if self.paused:
             return [plain()] * len(running)
-        if self.pause is not None and self.pause.first_of_trial:
-            planner.probe_soon()
         reach = [self.reach[row.sequence] if row.drafts else [1.0] for row in running]
         remaining = [row.remaining for row in running]
         urgency = planner.urgency(remaining, refilled)
@@ -180,10 +178,24 @@ class Adaptive:
                 self.pause.rested(sequences, share)
             else:
                 worth = self.pause.worth(len(self.batch.plain)) if self.batch is not None else 1.0
-                self.pause.worked(sequences, share, worth * self.gained / sequences)
+                self.pause.worked(sequences, share, worth * self.gained / sequences, self.planning.gain)
 
-    def _woken(self, running: Sequence[Running]) -> bool:
-        """In a pause: whether it is over because the text begins to foretell itself. One sequence a step is watched."""
+    def _pauses(self, running: Sequence[Running], planner: Planner) -> bool:
+        """Whether the next step is a plain one and nothing else: by the clock, or by what the planner expects."""
+        if self.pause is None:
+            return False
+        paused = self.pause.paused()
+        if not paused and self.pause.first_of_trial:
+            planner.probe_soon()
+        if not (paused or planner.rests()):
+            return False
+        if self._foretold(running):
+            planner.wake()
+            return False
+        return True
+
+    def _foretold(self, running: Sequence[Running]) -> bool:
+        """Whether it is over because the text begins to foretell itself. One sequence a step is watched."""
         if not self.lookup or self.pause is None:
             return False
         self.watched += 1
