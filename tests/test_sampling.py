@@ -308,8 +308,10 @@ def test_the_race_of_drafts_is_the_one_that_the_base_will_run() -> None:
         rows = [picker.pick(everywhere[:, mask], sequences, [p + mask for p in places]) for mask in range(masks)]
         expected = torch.stack(rows, dim=1)
         choose = picker.race(sequences, places, masks, vocab)
-        for _ in range(2):  # the same each time it is run
-            index = choose(scores if shortlist is None else scores.gather(2, shortlist), shortlist)
-            drawn = index if shortlist is None else shortlist.gather(2, index[..., None])[..., 0]
-            assert torch.equal(drawn, expected)
+        own = scores if shortlist is None else scores.gather(2, shortlist)
+        for numbers in (slice(None), torch.tensor([4, 1]), slice(None)):  # any of them, the same each time it is run
+            of = None if shortlist is None else shortlist.flatten(0, 1)[numbers]
+            index = choose(own.flatten(0, 1)[numbers], of, numbers)
+            drawn = index if of is None else of.gather(1, index[:, None])[:, 0]
+            assert torch.equal(drawn, expected.flatten()[numbers])
     assert len(set(expected.flatten().tolist())) > 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,11 +20,13 @@ ALONG = 2  # blocks' worth of masks
 UNSEEN_SWEEPS = 5  # over a chain, where looking whether it has settled would stall the queue
 LEAST_REACH = 0.1  # chance of drafts up to one that has changed, below which those behind it may stay
 
-# Scores (B, K, V), or (B, K, m) of tokens (B, K, m), of all drafts of a block -> which of them, (B, K).
-Choose = Callable[[Tensor, Tensor | None], Tensor]
+All = slice(None)
+# Scores (n, V), or (n, m) of tokens (n, m), of the drafts with these numbers (n,), block after block, or of all (B · K);
+# -> which of them, (n,).
+Choose = Callable[[Tensor, Tensor | None, Tensor | slice], Tensor]
 
 
-def largest(scores: Tensor, tokens: Tensor | None) -> Tensor:
+def largest(scores: Tensor, tokens: Tensor | None, numbers: Tensor | slice) -> Tensor:
     """The likeliest tokens."""
     return first_largest(scores)
 
@@ -106,71 +109,95 @@ def draft(
     it every draft is the base's argmax at its mask. If `confident`, with the drafts' own probabilities (B, K) fp32.
 
     The chain is not walked draft by draft: all drafts are made at once, behind a guess of those before them, at first
-    what the base itself would say at the masks, then what the last sweep gave, until nothing changes. After n sweeps
-    the first n drafts are the chain's, and mostly more. If `confident`, unlikely drafts are not brought to the end of
-    it (`LEAST_REACH`). A sweep reads the whole unembedding once, where the chain would read it for every draft. With
-    `shortlist` m only the rows of the m tokens are read that the base likes best at each mask: cheaper, and different
-    only where the sampler's choice is not among them. Either way it concerns drafts alone, never the output.
+    what the base itself would say at the masks; then those again before which something has changed, until nothing
+    does. After n sweeps the first n drafts are the chain's, and mostly more. If `confident`, unlikely drafts are not
+    made again (`LEAST_REACH`). A sweep reads the whole unembedding once, where the chain would read it for every
+    draft. With `shortlist` m only the rows of the m tokens are read that the base likes best at each mask: cheaper, and
+    different only where the sampler's choice is not among them. Either way it concerns drafts alone, never the output.
 
     logits (B, K, V) are the base's at the masks if they were read before.
     """
     masks, sampler = latents.shape[1], model.sampler
+    shape, latents = latents.shape[:2], latents.flatten(0, 1)  # (B · K, D)
+    logits = None if logits is None else logits.flatten(0, 1)
     if sampler is None or not use_sampler:
         scores = model.base.unembed(latents) if logits is None else logits
-        drafts = choose(scores, None)
-        return drafts, confidence(scores, drafts) if confident else None
+        drafts = choose(scores, None, All)
+        return drafts.view(shape), confidence(scores, drafts).view(shape) if confident else None
     short, tokens = None, None
-    drafts = before[:, :1]  # of a single mask nothing is to be guessed
+    drafts = before[:, 0]  # of a single mask nothing is to be guessed
     if masks > 1 or shortlist:
         scores = model.base.unembed(latents) if logits is None else logits
-        drafts = choose(scores, None) if masks > 1 else drafts
+        drafts = choose(scores, None, All) if masks > 1 else drafts
         if shortlist and isinstance(model.base.head, (nn.Linear, PackedLinear)):
             short = Shortlist(model, scores, shortlist)
             tokens = short.tokens
     prepared, count = sampler.prepare(latents), sampler.tokens
-    first = before[:, :count].flip(1)  # the oldest first
+    # The tokens before each block, the oldest first, and its drafts; where each draft stands; what stands before it.
+    text = torch.cat([before[:, :count].flip(1), drafts.view(shape)], dim=1).flatten()
+    own = torch.arange(len(text), device=text.device).view(len(before), -1)[:, count:].flatten()
+    behind = own[:, None] - torch.arange(1, count + 1, device=text.device)
+    sure = torch.ones(len(own), device=text.device) if confident else None
     seen = latents.device.type == "cpu"
+    open = Open(drafts.view(shape).tolist(), count) if seen else None
+    numbers: Tensor | slice = All
     for _ in range(masks if seen else min(masks, UNSEEN_SWEEPS)):
-        embeddings = model.base.embed(torch.cat([first, drafts[:, :-1]], dim=1))
-        latest_first = [embeddings[:, ago : ago + masks] for ago in reversed(range(count))]
-        sampled = sampler.finish(prepared, torch.stack(latest_first, dim=2), latents)
-        scores = model.base.unembed(sampled) if short is None else short.scores(sampled)
-        index = choose(scores, tokens)
-        guess, drafts = drafts, index if tokens is None else tokens.gather(2, index[..., None])[..., 0]
-        sure = confidence(scores, index) if confident else None
-        if seen and settled(guess, drafts, sure):
-            break
-    return drafts, sure
+        sampled = sampler.finish(prepared[numbers], model.base.embed(text[behind[numbers]]), latents[numbers])
+        scores = model.base.unembed(sampled) if short is None else short.scores(sampled, numbers)
+        of = None if tokens is None else tokens[numbers]
+        index = choose(scores, of, numbers)
+        made = index if of is None else of.gather(1, index[:, None])[:, 0]
+        text[own[numbers]] = made
+        if sure is not None:
+            sure[numbers] = confidence(scores, index)
+        if open is not None:
+            again = open.again(made.tolist(), None if sure is None else sure.tolist())
+            if not again:
+                break
+            numbers = torch.tensor(again)
+    return text[own].view(shape), None if sure is None else sure.view(shape)
 
 
 def confidence(scores: Tensor, index: Tensor) -> Tensor:
-    """scores (B, K, V or m), which were chosen (B, K) -> their probabilities (B, K) fp32."""
-    return scores.softmax(-1, dtype=torch.float32).gather(2, index[..., None])[..., 0]
+    """scores (n, V or m), which were chosen (n,) -> their probabilities (n,) fp32."""
+    return scores.softmax(-1, dtype=torch.float32).gather(1, index[:, None])[:, 0]
 
 
-def settled(guess: Tensor, drafts: Tensor, confidences: Tensor | None) -> bool:
-    """Whether drafts (B, K) made behind a guess are what they would be behind themselves, as far as it matters."""
-    sure = torch.ones_like(drafts) if confidences is None else confidences
-    for guessed, made, chances in zip(guess.tolist(), drafts.tolist(), sure.tolist(), strict=True):
-        reach = 1.0
-        for old, new, chance in zip(guessed[:-1], made[:-1], chances[:-1], strict=True):  # nothing is behind the last
-            reach *= chance
-            if old != new:
-                if reach >= LEAST_REACH:
-                    return False
-                break
-    return True
+class Open:
+    """Which drafts of a chain may still change: those behind drafts that did."""
+
+    def __init__(self, guess: Sequence[Sequence[int]], count: int) -> None:
+        """B blocks of K guesses; each draft depends on the `count` before it."""
+        self.masks, self.count = len(guess[0]), count
+        self.tokens = [token for block in guess for token in block]
+        self.numbers = list(range(len(self.tokens)))
+        self.stale: set[int] = set()  # what was made behind other tokens
+
+    def again(self, made: Sequence[int], sure: Sequence[float] | None) -> list[int]:
+        """The drafts of the numbers named last, at first of all, and the confidences of all -> which to make again:
+        those made behind other tokens, unless it is unlikely that they are reached."""
+        self.stale.difference_update(self.numbers)
+        for number, token in zip(self.numbers, made, strict=True):
+            if token != self.tokens[number]:
+                self.tokens[number] = token
+                end = number - number % self.masks + self.masks
+                self.stale.update(range(number + 1, min(number + 1 + self.count, end)))
+        self.numbers = sorted(self.stale)
+        if sure is not None:
+            self.numbers = [n for n in self.numbers if math.prod(sure[n - n % self.masks : n]) >= LEAST_REACH]
+        return self.numbers
 
 
 class Shortlist:
     """The m tokens that the base likes best at each mask, and the rows of the unembedding that score them."""
 
     def __init__(self, model: MTPModel, logits: Tensor, m: int) -> None:
-        self.tokens = logits.topk(min(m, model.base.vocab_size), sorted=False).indices  # (B, K, m)
-        self.rows = model.base.head.weight[self.tokens]  # (B, K, m, D)
+        """logits (N, V)."""
+        self.tokens = logits.topk(min(m, model.base.vocab_size), sorted=False).indices  # (N, m)
+        self.rows = model.base.head.weight[self.tokens]  # (N, m, D)
         self.bias = None if model.base.head.bias is None else model.base.head.bias[self.tokens]
 
-    def scores(self, sampled: Tensor) -> Tensor:
-        """(B, K, D) -> (B, K, m)."""
-        scores = (self.rows @ sampled[..., None])[..., 0]
-        return scores if self.bias is None else scores + self.bias
+    def scores(self, sampled: Tensor, numbers: Tensor | slice) -> Tensor:
+        """(n, D) of the masks with these numbers -> (n, m)."""
+        scores = (self.rows[numbers] @ sampled[..., None])[..., 0]
+        return scores if self.bias is None else scores + self.bias[numbers]

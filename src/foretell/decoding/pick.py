@@ -78,20 +78,22 @@ class Picker:
 
     def race(
         self, sequences: Sequence[int], places: Sequence[int], count: int, vocab: int
-    ) -> Callable[[Tensor, Tensor | None], Tensor]:
-        """For drafts of `count` places in a row from place `places[n]` of `sequences[n]` on, in the races of `pick`.
+    ) -> Callable[[Tensor, Tensor | None, Tensor | slice], Tensor]:
+        """For drafts of `count` places in a row from place `places[b]` of `sequences[b]` on, in the races of `pick`.
 
-        It takes scores (N, count, V), or (N, count, m) of tokens (N, count, m), to which of them wins, (N, count).
+        It takes scores (n, V), or (n, m) of tokens (n, m), of the drafts with these numbers (n,), sequence after
+        sequence, or all, to which of them wins, (n,).
         """
         starts = zip(sequences, places, strict=True)
         keys = [self._key(sequence, start + number) for sequence, start in starts for number in range(count)]
         waits: list[Tensor] = []
 
-        def choose(scores: Tensor, tokens: Tensor | None) -> Tensor:
+        def choose(scores: Tensor, tokens: Tensor | None, numbers: Tensor | slice) -> Tensor:
             if not waits:
-                waits.append(log_waits(keys, vocab, scores.device).view(-1, count, vocab))
-            own = waits[0] if tokens is None else waits[0].gather(2, tokens)
-            return first_largest(self.scores(scores.flatten(0, 1)).view_as(scores) - own)
+                waits.append(log_waits(keys, vocab, scores.device))
+            rows = torch.arange(len(keys), device=scores.device)[numbers]
+            own = waits[0][rows] if tokens is None else waits[0][rows[:, None], tokens]
+            return first_largest(self.scores(scores) - own)
 
         return choose
 

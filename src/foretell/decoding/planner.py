@@ -134,10 +134,10 @@ class Planner:
         padded = np.array([[*own, *[0.0] * (self.masks + 1 - len(own))] for own in reach])
         worth = self._weights @ (padded.T * urgency)  # (L, B)
         worth[self.shapes.verified[:, None] >= [len(own) for own in reach]] = np.inf
-        most = self.shapes.least(worth, self._table.shape)
         # `value` sees one sequence that pays for the whole step: their mean is the step's.
-        verified, hung = np.unravel_index(int((self._table + most.mean(-1)).argmin()), self._table.shape)
-        fits = (self.shapes.verified <= verified) & (self.shapes.hung <= hung)
+        totals = self._table[:, self.shapes.totals] + self.shapes.least(worth).mean(-1)
+        verified, column = np.unravel_index(int(totals.argmin()), totals.shape)
+        fits = (self.shapes.verified <= verified) & (self.shapes.hung <= self.shapes.totals[column])
         return np.where(fits[:, None], worth, np.inf).argmin(0).tolist()
 
     def begin_text(self) -> None:

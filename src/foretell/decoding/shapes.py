@@ -17,8 +17,8 @@ class Shapes:
     """L layouts, by drafts verified: few enough to weigh all of them at every step.
 
     layouts: the layouts. verified, hung (L,): drafts that they verify, and masks in all. blocks (L, k+1): masks after
-    each token; there (L, k+1): 1 for the tokens that they have. starts, ends (k+1,): the first of those with d drafts,
-    which hangs no masks, and what comes behind the last.
+    each token; there (L, k+1): 1 for the tokens that they have. totals (T,): the different numbers of masks. starts, ends
+    (k+1,): the first of those with d drafts, which hangs no masks, and what comes behind the last.
     """
 
     def __init__(self, layouts: tuple[Layout, ...], masks: int) -> None:
@@ -29,17 +29,19 @@ class Shapes:
         self.there = (np.arange(masks + 1) <= self.verified[:, None]).astype(float)
         self.ends = np.searchsorted(self.verified, np.arange(masks + 1), side="right")
         self.starts = np.append(0, self.ends[:-1])
+        self.totals, column = np.unique(self.hung, return_inverse=True)
         # In order of (drafts, masks), where each such pair starts, and the pairs.
-        self._by_pair = np.lexsort((self.hung, self.verified))
-        pairs = np.stack([self.verified, self.hung])[:, self._by_pair]
+        self._by_pair = np.lexsort((column, self.verified))
+        pairs = np.stack([self.verified, column])[:, self._by_pair]
         self._pair_starts = np.flatnonzero(np.append(True, (pairs[:, 1:] != pairs[:, :-1]).any(0)))
         self._pairs = pairs[0, self._pair_starts], pairs[1, self._pair_starts]
 
-    def least(self, worth: Floats, most: tuple[int, int]) -> Floats:
-        """worth (L, B) -> (D, M, B): the least of shapes with at most d drafts and m masks, for d < D and m < M."""
-        least = np.full((*most, worth.shape[1]), np.inf)
+    def least(self, worth: Floats) -> Floats:
+        """worth (L, B) -> (k+1, T, B): the least of the shapes with at most d drafts and `totals[t]` masks."""
+        least = np.full((len(self.ends), len(self.totals), worth.shape[1]), np.inf)
         least[self._pairs] = np.minimum.reduceat(worth[self._by_pair], self._pair_starts, axis=0)
-        least = np.minimum.accumulate(np.minimum.accumulate(least, axis=0), axis=1)
+        np.minimum.accumulate(least, axis=0, out=least)
+        np.minimum.accumulate(least, axis=1, out=least)
         return least
 
 
