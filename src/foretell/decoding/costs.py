@@ -22,7 +22,7 @@ from foretell.decoding.cache import StaticCache
 from foretell.decoding.draft import draft, reads_along, shortlist_size
 from foretell.decoding.pick import Picker
 from foretell.hardware import device_name
-from foretell.layout import Block, Layout, plain
+from foretell.layout import Block, Layout, linear, plain
 from foretell.model import MTPModel
 
 CONTEXT = 256  # tokens in the cache while steps are timed
@@ -174,7 +174,8 @@ def measure(model: MTPModel, config: DecodeConfig, batch: int = 1, widths: Seque
     regular, masked = (REGULAR_WIDTHS, (*MASKED_WIDTHS, room)) if widths is None else (widths[:1], widths[1:])
     layouts: dict[tuple[str, int], Layout] = {("regular", w): plain(w) for w in regular if w <= masks + 1}
     layouts |= {("masked", w): masked_layout(w, masks) for w in sorted(set(masked)) if 2 <= w <= room}
-    latents = prompt.new_zeros((batch, masks, model.base.d_model), dtype=model.base.dtype)
+    # Of real masks: how often a chain must be gone over depends on them.
+    latents = model.step(prompt[:1].expand(batch, 1), [linear(0, masks)] * batch, cache, cache.lengths)[:, 1:].clone()
     picker = Picker(config)
     tasks: dict[tuple[str, int], Callable[[], object]] = {
         key: partial(_step, model, config, picker, layout, cache, batch) for key, layout in layouts.items()

@@ -17,7 +17,7 @@ from foretell.layout import Block, Layout
 ROUNDS, CLOSE = 10, 0.01  # of policy iteration, at most, and what may change, in tokens, in the last of them
 ENDS = 1e-3  # chance that drafts at hand are lost, as by the end of the text: what would go on for ever has a value
 SOLVE_EVERY = (2, 16)  # steps between solutions, doubling from the first to the second
-PLAIN_TIMED, TIMED = 4, 16  # steps that correct the costs of their kind, at least: plain ones are all alike
+PLAIN_TIMED, TIMED = 4, 6  # steps that correct the costs of their kind, at least: plain ones are all alike
 PROBE_EVERY = (8, 256)  # steps without masks before some are tried again, `PROBE_RARER` times as many while in vain
 PROBE_RARER = 8
 PROBE_MASKS, FEWEST_PROBED = 4, 2  # the first drafts tell most
