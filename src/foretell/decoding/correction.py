@@ -27,7 +27,7 @@ class Fit(NamedTuple):
         """At the usual width."""
         return float(np.exp(self.level))
 
-    def at(self, widths: Floats) -> Floats:
+    def at(self, widths: Floats | float) -> Floats:
         """Factors (...) for steps of so many rows (...)."""
         factors: Floats = np.exp(self.level + self.slope * (np.log(widths) - self.usual))
         return factors

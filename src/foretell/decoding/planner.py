@@ -181,18 +181,21 @@ class Planner:
     def took(self, layout: Layout, drafts: int, seconds: float) -> None:
         """A step of this layout, with the making of so many drafts behind it, took so long."""
         expected = self._measured[layout.regular - 1, layout.masks] + self._drafting[drafts]
-        self._corrections[2 if layout.masks else layout.regular > 1].took(layout.width, seconds / expected)
+        kind = 2 if layout.masks else int(layout.regular > 1)
+        self._corrections[kind].took(layout.width if kind else self.sequences, seconds / expected)
 
     def _correct_costs(self) -> None:
         """Plain steps, steps with drafts and steps with masks cost what they were measured to, corrected by what the
         latest of them really took."""
         fits = [correction.fit() for correction in self._corrections]
-        plain, drafted, masked = (fit or next(filter(None, fits), Fit(0.0, 0.0, 0.0)) for fit in fits)
-        scale = plain.factor * self._measured[0, 0] / self._table[0, 0]
+        known = next(filter(None, fits), Fit(0.0, 0.0, 0.0))
+        plain, drafted, masked = (fit or known._replace(slope=0.0) for fit in fits)
+        plain_seconds = self._measured[0, 0] * float(plain.at(self.sequences))
+        scale = plain_seconds / self._table[0, 0]
         self.per_token, self.value = self.per_token * scale, self.value * scale  # as all costs change, so do these
         self._table = self._measured * masked.at(self._widths)
         self._table[:, 0] = self._measured[:, 0] * drafted.at(self._widths[:, 0])
-        self._table[0, 0] = self._measured[0, 0] * plain.factor
+        self._table[0, 0] = plain_seconds
         for axis in (0, 1):  # a fit may fall faster with the width than what was measured rises
             self._table[:, 1:] = np.maximum.accumulate(self._table[:, 1:], axis)
         self._seconds = self._table[self.shapes.verified, self.shapes.hung]
