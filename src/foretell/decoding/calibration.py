@@ -134,8 +134,9 @@ class Experience:
         A new text foretells nothing yet, so that masks are hung whatever the last one gave.
         """
         self._found.clear()
-        while len(self._recent) > OF_LAST_TEXT:
-            self._recent.popleft()
+        some = list(self._recent)[:: -(-len(self._recent) // OF_LAST_TEXT) or 1]  # all phases of it
+        self._recent.clear()
+        self._recent.extend(some)
 
     def recent_reach(self) -> tuple[Floats, Floats]:
         """Twice (N, k+1): the chances that the first 0..k drafts hold by all that is known now, of recent blocks and

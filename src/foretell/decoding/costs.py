@@ -46,6 +46,12 @@ class Costs:
     masked: dict[int, float]
     drafts: dict[int, float]
 
+    def scaled(self, factor: float) -> Costs:
+        """All so many times as dear."""
+        return Costs(
+            **{kind: {width: factor * value for width, value in table.items()} for kind, table in asdict(self).items()}
+        )
+
     def steps(self, masks: int) -> NDArray[np.float64]:
         """(k+1, k(k+1)+1): seconds of a step that verifies d drafts and hangs M masks."""
         drafts, hung = np.arange(masks + 1)[:, None], np.arange(masks * (masks + 1) + 1)[None, :]
@@ -105,8 +111,8 @@ def costs(model: MTPModel, config: DecodeConfig, batch: int = 1) -> Costs:
     kept = _read(path)
     widest = ((config.masks or model.max_masks) + 1) ** 2
     checked = sorted({min(width, widest) for width in CHECKED_WIDTHS})
-    if kept is not None and _still_true(kept, measure(model, config, batch, checked)):
-        return kept
+    if kept is not None and (factor := _slowed(kept, measure(model, config, batch, checked))) is not None:
+        return kept.scaled(factor)
     found = measure(model, config, batch)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -127,16 +133,15 @@ def _read(path: Path) -> Costs | None:
         return None
 
 
-def _still_true(kept: Costs, now: Costs) -> bool:
-    """Whether a few widths cost as much beside a plain step as they did."""
+def _slowed(kept: Costs, now: Costs) -> float | None:
+    """If a few widths cost as much beside a plain step as they did: how many times as long they all take now."""
     if not kept.regular.get(1):
-        return False
-    ratios = [
-        (now.masked[width] / now.regular[1]) / (kept.masked[width] / kept.regular[1])
-        for width in now.masked
-        if kept.masked.get(width)
-    ]
-    return len(ratios) == len(now.masked) and all(abs(ratio - 1) < TOLERANCE for ratio in ratios)
+        return None
+    speed = now.regular[1] / kept.regular[1]
+    ratios = [now.masked[width] / kept.masked[width] for width in now.masked if kept.masked.get(width)]
+    if len(ratios) < len(now.masked) or any(abs(ratio / speed - 1) >= TOLERANCE for ratio in ratios):
+        return None
+    return sorted([speed, *ratios])[len(ratios) // 2]
 
 
 def _folder() -> Path:

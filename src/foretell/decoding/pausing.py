@@ -33,6 +33,7 @@ class Pause:
         # Of plain steps, by the power of two of their sequences: seconds taken, as a share of those measured.
         self._plain: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=LATEST))
         self._paused, self._left = False, 0  # whether, and for how many steps
+        self.ended = False  # whether a pause was over by itself when `paused` was asked last
         self._woken = 0  # times that a pause ended early, in this text or since one ended by itself
         self._for_text = PAUSES[0]
         self._failed = 0  # trials, since one went well
@@ -55,11 +56,11 @@ class Pause:
         """Whether the next step should be a plain one without anything else; to be asked once before each step."""
         if not self._paused and self._since_pause >= RENEWED:
             self._pause(FIRST)
-        if self._paused:
-            self._left -= 1
-            if self._left < 0:
-                self._paused, self._woken = False, 0
-                self._try_anew()
+        self._left -= self._paused
+        if ended := self._paused and self._left < 0:
+            self._paused, self._woken = False, 0
+            self._try_anew()
+        self.ended = ended
         return self._paused
 
     def foretold(self, run: int) -> bool:
@@ -72,11 +73,6 @@ class Pause:
             self._paused = False
             self._try_anew()
         return True
-
-    @property
-    def first_of_trial(self) -> bool:
-        """Whether no step has been counted since a pause that ended by itself."""
-        return not (self._steps or self._warm or self._woken)
 
     def worth(self, sequences: int) -> float:
         """Plain steps that a token counted by `worked` saves, in batches that are not refilled: see `Batch`."""

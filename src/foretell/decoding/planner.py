@@ -16,7 +16,8 @@ from foretell.layout import Block, Layout
 
 ROUNDS, CLOSE = 10, 0.01  # of policy iteration, at most, and what may change, in tokens, in the last of them
 ENDS = 1e-3  # chance that drafts at hand are lost, as by the end of the text: what would go on for ever has a value
-SOLVE_EVERY = (2, 16)  # steps between solutions, doubling from the first to the second
+SOLVE_EVERY = (4, 16)  # steps between solutions, doubling from the first to the second; of several sequences fewer
+APART, SHORT = 2, 16  # a solution for so many times as many sequences won't do, unless so few tokens are left
 PLAIN_TIMED, TIMED = 4, 6  # steps that correct the costs of their kind, at least: plain ones are all alike
 PROBE_EVERY = (8, 256)  # steps without masks before some are tried again, `PROBE_RARER` times as many while in vain
 PROBE_RARER = 8
@@ -24,6 +25,7 @@ PROBE_MASKS, FEWEST_PROBED = 4, 2  # the first drafts tell most
 PAYS = (
     0.97  # seconds per token, as a share of a plain step's, below which anything but plain steps is worth its trouble
 )
+TEXTS = 4
 SETTLED = 4  # steps after which the fate of what was tried is known
 
 
@@ -51,9 +53,9 @@ class Planner:
         self.plain: Floats = self._measured[0, :1]  # (n,): seconds of a plain step of 1, 2, ... n sequences
         self._shares = np.ones(1)  # (n,): see `urgency`
         self._correct_costs()
-        self._hangs_masks, self._pays = False, True
+        self._hangs_masks, self._pays, self._in_vain = False, True, 0
         self._without_masks, self._probe_every = 0, PROBE_EVERY[0]
-        self._until_solution, self._solve_every = 0, SOLVE_EVERY[0]
+        self._solve_soon()
 
     def reprice(self, costs: Costs, plain: Floats) -> None:
         """From now on this is what steps cost, and plain ones (n,) of 1, 2, ... n sequences, if n are decoded."""
@@ -63,8 +65,6 @@ class Planner:
         self.shapes = shapes(self.masks, several=sequences > 1)
         self._shares = np.maximum(np.diff(plain, prepend=0.0), 0.0) * sequences / plain[-1]
         self._correct_costs()  # which scales the solution
-        if max(sequences, self._solved_for) >= 2 * min(sequences, self._solved_for):
-            self._until_solution, self._solve_every = 0, SOLVE_EVERY[0]
 
     @property
     def plain_seconds(self) -> float:
@@ -79,6 +79,9 @@ class Planner:
     ) -> list[Layout]:
         """One layout per sequence, for the chances (m_b + 1,) that the first 0, 1, ... of its drafts hold, the
         tokens it may still get, and what a token of it is worth beside those of others (see `urgency`)."""
+        apart = max(self.sequences, self._solved_for) / min(self.sequences, self._solved_for)
+        if apart >= APART and max(remaining) > SHORT:
+            self._solve_soon()
         if self._until_solution == 0:
             self._until_solution = self._solve_every
             self._solve_every = min(2 * self._solve_every, SOLVE_EVERY[1])
@@ -141,9 +144,14 @@ class Planner:
         return np.where(fits[:, None], worth, np.inf).argmin(0).tolist()
 
     def begin_text(self) -> None:
-        """A new text may be of another kind: plan anew, and try masks soon if plain decoding seems best."""
-        self._until_solution = 0
-        self._without_masks, self._probe_every = 0, PROBE_EVERY[0]
+        """A new text may be of another kind: plan anew, and try masks at once if plain decoding seems best; after some
+        texts in which it did to their end, only in one of so many."""
+        self._in_vain = 0 if self._pays else self._in_vain + 1
+        self._probe_every = PROBE_EVERY[0]
+        self._solve_soon()
+        self.probe_soon()
+        if self._in_vain > TEXTS and self._in_vain % TEXTS:
+            self._without_masks, self._probe_every = SETTLED, PROBE_RARER * PROBE_EVERY[0]
 
     def rests(self) -> bool:
         """Whether the next step should be a plain one without anything else, as no other promises to pay and none is
@@ -189,7 +197,8 @@ class Planner:
         latest of them really took."""
         fits = [correction.fit() for correction in self._corrections]
         known = next(filter(None, fits), Fit(0.0, 0.0, 0.0))
-        plain, drafted, masked = (fit or known._replace(slope=0.0) for fit in fits)
+        known = known._replace(level=max(known.level, 0.0), slope=0.0)  # busy machines slow all, idle ones not
+        plain, drafted, masked = (fit or known for fit in fits)
         plain_seconds = self._measured[0, 0] * float(plain.at(self.sequences))
         scale = plain_seconds / self._table[0, 0]
         self.per_token, self.value = self.per_token * scale, self.value * scale  # as all costs change, so do these
@@ -202,6 +211,9 @@ class Planner:
         self.drafting = self._drafting * masked.factor  # (k+1,): seconds of making the drafts of a block of n masks
         self._weights = self._worth()
         self._dearer = (self._table - self._table[0]).min(1)  # (k+1,): what verifying d drafts adds, at least
+
+    def _solve_soon(self) -> None:
+        self._until_solution, self._solve_every = 0, max(1, SOLVE_EVERY[0] // self.sequences)
 
     def solve(self) -> None:
         """Policy iteration over the recent blocks, going on from the last solution (docs/planner.md)."""

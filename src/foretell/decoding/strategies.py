@@ -185,7 +185,7 @@ class Adaptive:
         if self.pause is None:
             return False
         paused = self.pause.paused()
-        if not paused and self.pause.first_of_trial:
+        if self.pause.ended:
             planner.probe_soon()
         if not (paused or planner.rests()):
             return False
