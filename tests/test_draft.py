@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from foretell.decoding.draft import draft
+from foretell.decoding.draft import Open, draft
 from foretell.model import MTPModel
 from foretell.sampler import BigramHead, CombinedHead, SamplerHead, SplitLinear
 
@@ -131,6 +131,20 @@ def test_a_chain_that_was_guessed_takes_one_sweep_and_any_no_more_than_masks(mon
     sweeps = 0
     draft(other, latents[:, :1], before)
     assert sweeps == 1
+
+
+def test_only_drafts_behind_changed_ones_are_made_again() -> None:
+    """Two blocks of four, each draft made behind the two before it."""
+    open = Open([[1, 2, 3, 4], [5, 6, 7, 8]], 2)
+    assert open.again([1, 9, 3, 4, 5, 6, 7, 9], None) == [2, 3]  # nothing lies behind the last of a block
+    assert open.again([3, 9], None) == []
+    sure = [0.5, 0.5, 0.9, 0.9, 0.9, 0.05, 0.9, 0.9]
+    open = Open([[1, 2, 3, 4], [5, 6, 7, 8]], 1)
+    assert open.again([9, 9, 3, 4, 5, 9, 9, 8], sure) == [1, 2]  # the end of the second is hardly reached
+    sure[1], sure[5] = 0.3, 0.9
+    assert open.again([9, 4], sure) == [3, 6, 7]  # now it is
+    open = Open([[1, 2]], 1)
+    assert open.again([9, 2], [0.05, 1.0]) == []
 
 
 def test_the_bigram_head_adds_a_low_rank_table_to_the_logits() -> None:

@@ -11,7 +11,7 @@ import torch
 
 from foretell.decoding.calibration import Experience
 from foretell.decoding.pausing import FIRST, IN_NEW_TEXT, PAUSES, RENEWED, WOKEN_BY, Batch, Pause
-from foretell.decoding.planner import Planner
+from foretell.decoding.planner import SETTLED, TEXTS, Planner
 from foretell.decoding.strategies import Adaptive, Running
 from foretell.evaluation.optimum import by_width
 from foretell.evaluation.simulation import noisy_costs
@@ -153,7 +153,89 @@ def test_trials_begin_with_masks_and_losing_ones_end() -> None:
         strategy.drafted([row], torch.empty((1, 0), dtype=torch.long), None)
         strategy.took(layout, 1.0 if strategy.paused else 3.0)
     assert kinds[:FIRST] == ["pause"] * FIRST
-    assert 2 <= kinds[FIRST:].count("work") < 20
+    assert 2 <= kinds[FIRST:].count("work") < 30
+
+
+def test_what_the_planner_promises_is_believed_for_a_while() -> None:
+    """Losses end a trial later if the planner promises gains, and hardly later once it has broken its promises."""
+
+    def lasts(pause: Pause, gain: float) -> int:
+        steps = 0
+        while not pause.paused():
+            pause.worked(1, 2.0, 1.5, gain)
+            steps += 1
+        return steps
+
+    doubted, believed = Pause(), Pause()
+    assert lasts(believed, 0.5) > lasts(doubted, 0.0) + 5
+    for _ in range(4):
+        for pause, gain in ((doubted, 0.0), (believed, 0.5)):
+            while pause.paused():
+                pause.rested(1, 1.0)
+            last = lasts(pause, gain)
+    assert last <= lasts(Pause(), 0.0) + 2
+
+
+def planless(chance: float) -> tuple[Adaptive, Planner]:
+    """On a machine where masks are dear, with a drafter whose drafts hold with this chance, which it knows."""
+    experience = Experience(3)
+    for _ in range(20):
+        experience.made([chance] * 3)
+    planner = Planner(noisy_costs(3, by_width({1: 1.0, 16: 4.0}), 0.0, np.random.default_rng(0)), experience)
+    pause = Pause()
+    for _ in range(FIRST):
+        pause.rested(1, 1.0)
+    return Adaptive(lambda sequences: planner, experience, pause=pause), planner
+
+
+def course_of(strategy: Adaptive, planner: Planner, steps: int, chance: float = 0.0) -> list[str]:
+    """A new text, step by step: whether masks were hung, nothing was done, or something else."""
+    assert strategy.pause is not None
+    planner.begin_text()
+    strategy.pause.begin_text(1)
+    row = Running(len(strategy.open), 10**6, list(range(50)))
+    kinds = []
+    for step in range(steps):
+        (layout,) = strategy.layouts([row])
+        kinds.append("masks" if layout.masks else "rest" if strategy.paused else "plan")
+        strategy.decided(row, [1000 + step])
+        row.text.append(1000 + step)
+        row.drafts = min(layout.masks, 3)
+        made = torch.full((1, row.drafts), 7)
+        strategy.drafted([row], made, torch.full((1, row.drafts), chance))
+        strategy.took(layout, 1.0 + 0.2 * (layout.width - 1))
+    return kinds
+
+
+def test_where_nothing_promises_to_pay_most_steps_are_plain_and_nothing_else() -> None:
+    strategy, planner = planless(0.02)
+    kinds = course_of(strategy, planner, 300, 0.02)
+    assert kinds[0] == "masks"  # a new text may be of another kind
+    assert kinds.count("rest") > 250 and kinds.count("masks") <= 4
+    assert kinds[1] == kinds[SETTLED] == "plan" and kinds[SETTLED + 1] == "rest"  # until what was tried is known
+
+
+def test_what_promises_to_pay_is_planned() -> None:
+    strategy, planner = planless(0.9)
+    assert "rest" not in course_of(strategy, planner, 3, 0.9)
+
+
+def test_after_many_hopeless_texts_only_some_begin_with_masks() -> None:
+    strategy, planner = planless(0.02)
+    first = [course_of(strategy, planner, 40, 0.02)[0] for _ in range(13)]
+    assert first[: TEXTS + 1] == ["masks"] * (TEXTS + 1)
+    assert first[TEXTS + 1 :].count("masks") == 2
+
+
+def test_rest_ends_when_the_text_begins_to_foretell_itself() -> None:
+    strategy, planner = planless(0.02)
+    course_of(strategy, planner, 40, 0.02)
+    row = Running(99, 10**6, list(range(50)))
+    assert strategy.layouts([row]) == [plain()] and strategy.paused
+    for step in range(3 + 1 + WOKEN_BY + 1):
+        row.text.append(step % 3)
+        strategy.layouts([row])
+    assert not strategy.paused
 
 
 def test_tokens_of_a_batch_are_worth_what_plain_decoding_would_have_taken() -> None:
@@ -208,7 +290,7 @@ def test_a_text_that_foretells_itself_ends_a_pause_and_a_failed_trial_makes_that
     fail()
     assert not pause.foretold(WOKEN_BY - 1) and pause.paused()
     assert pause.foretold(WOKEN_BY) and not pause.paused()
-    assert not pause.first_of_trial  # masks need not be tried for it
+    assert not pause.ended  # masks need not be tried for it
     fail()
     assert not pause.foretold(2 * WOKEN_BY - 1) and pause.foretold(2 * WOKEN_BY)
     fail()
@@ -234,7 +316,7 @@ def test_in_a_pause_the_loop_of_a_text_is_seen() -> None:
     # Three tokens to begin the loop, a first draft to be foretold, and so many that hold.
     assert not any(kinds[60 + 3 + 1 + WOKEN_BY + 1 :])
     strategy.lookup = False
-    assert not strategy._woken([row])
+    assert not strategy._foretold([row])
 
 
 def test_of_a_paused_batch_one_text_a_step_is_watched() -> None:
@@ -243,7 +325,7 @@ def test_of_a_paused_batch_one_text_a_step_is_watched() -> None:
     pause.begin_text(2)
     looping, other = Running(0, 100, [1, 2, 3] * 8), Running(1, 100, list(range(24)))
     for step in range(40):
-        strategy._woken([looping, other])
+        strategy._foretold([looping, other])
         looping.text.append(step % 3 + 1)
         other.text.append(100 + step)
     assert strategy.texts[0].run > 10 and strategy.texts[1].run == 0

@@ -7,8 +7,9 @@ import pytest
 
 from foretell.decoding.calibration import Experience
 from foretell.decoding.costs import Costs, of_batch, plain_steps
-from foretell.decoding.planner import Planner
+from foretell.decoding.planner import Planner, means
 from foretell.evaluation.simulation import noisy_costs
+from foretell.layout import plain
 
 from .test_planner import COSTS
 
@@ -43,8 +44,8 @@ def test_a_batch_gets_the_best_shapes_there_are(seed: int) -> None:
     planner.solve()
     planner.layouts([[1.0]], [100])  # the first step solves once more
     reach = [np.cumprod([1.0, *random.uniform(0.2, 1, random.integers(0, 5))]).tolist() for _ in range(3)]
-    verified = np.array([shape.regular - 1 for shape in planner.shapes])
-    masks = np.array([shape.masks for shape in planner.shapes])
+    verified = np.array([shape.regular - 1 for shape in planner.shapes.layouts])
+    masks = np.array([shape.masks for shape in planner.shapes.layouts])
     worth = np.array([planner._weights[:, : len(own)] @ own for own in reach]).T
     best = (np.inf, [0, 0, 0])
     for d, m in {(int(d), int(m)) for d in verified for m in masks}:
@@ -54,7 +55,7 @@ def test_a_batch_gets_the_best_shapes_there_are(seed: int) -> None:
         best = min(best, (planner._table[d, m] + mean, chosen))
     found = planner.layouts(reach, [100] * 3)
     wide = max(shape.regular for shape in found) - 1, max(shape.masks for shape in found)
-    mean = np.mean([own[planner.shapes.index(shape)] for own, shape in zip(worth.T, found, strict=True)])
+    mean = np.mean([own[planner.shapes.layouts.index(shape)] for own, shape in zip(worth.T, found, strict=True)])
     assert planner._table[wide] + mean == pytest.approx(best[0])
 
 
@@ -76,8 +77,8 @@ def test_drafts_alone_are_weighed_as_all_shapes_are() -> None:
         long = planner._best_together(reach, urgency)
         planner._hangs_masks = False
         planner._correct_costs()
-        assert [planner.shapes[index] for index in short] == [planner.shapes[index] for index in long]
-        verified += [planner.shapes[index].regular - 1 for index in short]
+        assert [planner.shapes.layouts[index] for index in short] == [planner.shapes.layouts[index] for index in long]
+        verified += [planner.shapes.layouts[index].regular - 1 for index in short]
     assert sum(verified) > 0 and min(verified) == 0
 
 
@@ -85,7 +86,8 @@ def test_the_sequence_that_ends_last_is_the_most_urgent() -> None:
     """Steps of 1, 2 and 3 sequences take 4, 5 and 6: without the last there would be four sixths less to do."""
     experience = Experience(4)
     planner = Planner(noisy_costs(4, COSTS["1B"], 0.0, np.random.default_rng(0)), experience)
-    planner.reprice(noisy_costs(4, COSTS["1B"], 0.0, np.random.default_rng(0)), np.array([4.0, 5.0, 6.0]))
+    costs = noisy_costs(4, COSTS["1B"], 0.0, np.random.default_rng(0))
+    planner.reprice(lambda: costs, np.array([4.0, 5.0, 6.0]))
     experience.stopped = 0.0
     assert planner.urgency([10, 90, 20], False) == pytest.approx([0.5, 2.0, 0.5])
     assert planner.urgency([10, 90, 90], False) == pytest.approx([0.5, 1.25, 1.25])
@@ -115,13 +117,49 @@ def test_other_numbers_of_sequences_cost_what_lies_between() -> None:
     assert plain_steps(tables, 5).tolist() == [1.0, 2.0, 3.0, 4.0, 4.0]
 
 
+def test_sequences_that_share_a_step_are_expected_to_gain_what_they_do_on_average() -> None:
+    """Half the blocks surely hold, half surely fail: alone the former are worth a wide step, together they are not."""
+    experience = Experience(4)
+    for number in range(32):
+        experience.made([0.99 if number % 2 else 0.01] * 4)
+    costs = Costs({1: 1.0, 5: 2.6}, {2: 2.0, 25: 3.6}, {4: 0.0})
+    planner = Planner(costs, experience)
+    planner.solve()
+    alone = planner.per_token
+    assert planner.gain == pytest.approx(1 / alone - 1) and planner.gain > 0.05
+    planner.reprice(lambda: costs, np.ones(16))
+    planner.solve()
+    assert planner.per_token > 1.05 * alone
+
+
+def test_means_are_of_as_many_in_a_row() -> None:
+    chances = np.arange(10.0).reshape(5, 2)
+    assert means(chances, 1) == pytest.approx(chances)
+    assert means(chances, 2) == pytest.approx((chances[1:] + chances[:-1]) / 2)
+    assert means(chances, 9) == pytest.approx(chances.mean(0, keepdims=True))
+
+
+def test_a_batch_that_thins_out_is_priced_when_that_is_asked_for() -> None:
+    planner = Planner(Costs({1: 4.0}, {2: 5.0, 25: 9.0}, {4: 0.0}), Experience(4))
+
+    def never() -> Costs:
+        raise AssertionError("priced")
+
+    planner.reprice(never, np.array([1.0, 3.0]))
+    planner.took(plain(), 0, 3.0)
+    assert planner.plain_seconds == 3.0 and planner.sequences == 2
+    with pytest.raises(AssertionError, match="priced"):
+        planner.layouts([[1.0]] * 2, [10, 10])
+
+
 def test_a_solution_is_scaled_to_fewer_sequences_and_soon_renewed() -> None:
     experience = Experience(4)
     costs_of = {size: Costs({1: size}, {2: 1.1 * size, 25: 3.0 * size}, {4: 0.0}) for size in (1.0, 4.0)}
     planner = Planner(costs_of[4.0], experience)
     planner.solve()
     before, value = planner.per_token, planner.value.copy()
-    planner.reprice(costs_of[1.0], np.ones(1))
+    planner.reprice(lambda: costs_of[1.0], np.ones(1))
+    planner._price()
     assert planner.per_token == pytest.approx(before / 4) and planner.value == pytest.approx(value / 4)
     planner.solve()
     assert planner.per_token == pytest.approx(before / 4)

@@ -21,7 +21,7 @@ UNSEEN_SWEEPS = 5  # over a chain, where looking whether it has settled would st
 LEAST_REACH = 0.1  # chance of drafts up to one that has changed, below which those behind it may stay
 
 All = slice(None)
-# Scores (n, V), or (n, m) of tokens (n, m), of the drafts with these numbers (n,), block after block, or of all (B · K);
+# Scores (n, V), or (n, m) of tokens (n, m), of the drafts with these numbers (n,), block after block, or of all B · K;
 # -> which of them, (n,).
 Choose = Callable[[Tensor, Tensor | None, Tensor | slice], Tensor]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 
 import numpy as np
@@ -51,25 +51,32 @@ class Planner:
         self._table, self.per_token = self._measured, float(self._measured[0, 0])
         self.sequences = self._solved_for = 1
         self.plain: Floats = self._measured[0, :1]  # (n,): seconds of a plain step of 1, 2, ... n sequences
+        self._costs: Callable[[], Costs] | None = None  # that hold from now on
         self._shares = np.ones(1)  # (n,): see `urgency`
         self._correct_costs()
         self._hangs_masks, self._pays, self._in_vain = False, True, 0
         self._without_masks, self._probe_every = 0, PROBE_EVERY[0]
-        self._solve_soon()
+        self._until_solution, self._solve_every = 0, SOLVE_EVERY[0]
 
-    def reprice(self, costs: Costs, plain: Floats) -> None:
-        """From now on this is what steps cost, and plain ones (n,) of 1, 2, ... n sequences, if n are decoded."""
+    def reprice(self, costs: Callable[[], Costs], plain: Floats) -> None:
+        """From now on this is what steps cost, once that is asked for, and what plain ones (n,) of 1, 2, ... n
+        sequences do, if n are decoded."""
+        self.plain, self.sequences, self._costs = plain, len(plain), costs
+
+    def _price(self) -> None:
+        """As `reprice` has said: a batch that thins out while nothing is planned has new costs at every other step."""
+        if self._costs is None:
+            return
+        costs, self._costs = self._costs(), None
         self._measured, self._drafting = costs.steps(self.masks), costs.drafting(self.masks)
-        self.plain = plain
-        self.sequences = sequences = len(plain)
-        self.shapes = shapes(self.masks, several=sequences > 1)
-        self._shares = np.maximum(np.diff(plain, prepend=0.0), 0.0) * sequences / plain[-1]
+        self.shapes = shapes(self.masks, several=self.sequences > 1)
+        self._shares = np.maximum(np.diff(self.plain, prepend=0.0), 0.0) * self.sequences / self.plain[-1]
         self._correct_costs()  # which scales the solution
 
     @property
     def plain_seconds(self) -> float:
         """Of a plain step, as measured."""
-        return float(self._measured[0, 0])
+        return float(self.plain[-1])
 
     def layouts(
         self,
@@ -79,6 +86,7 @@ class Planner:
     ) -> list[Layout]:
         """One layout per sequence, for the chances (m_b + 1,) that the first 0, 1, ... of its drafts hold, the
         tokens it may still get, and what a token of it is worth beside those of others (see `urgency`)."""
+        self._price()
         apart = max(self.sequences, self._solved_for) / min(self.sequences, self._solved_for)
         if apart >= APART and max(remaining) > SHORT:
             self._solve_soon()
@@ -104,6 +112,7 @@ class Planner:
         would be none. Where texts stop before their limit, which that is can't be known; and if the batch is
         `refilled` all tokens are worth the same.
         """
+        self._price()
         urgency = [1.0] * len(remaining)
         if refilled or len(self._shares) != len(remaining):
             return urgency
@@ -188,7 +197,9 @@ class Planner:
 
     def took(self, layout: Layout, drafts: int, seconds: float) -> None:
         """A step of this layout, with the making of so many drafts behind it, took so long."""
-        expected = self._measured[layout.regular - 1, layout.masks] + self._drafting[drafts]
+        expected = self.plain_seconds
+        if layout.width > 1 or drafts:
+            expected = self._measured[layout.regular - 1, layout.masks] + self._drafting[drafts]
         kind = 2 if layout.masks else int(layout.regular > 1)
         self._corrections[kind].took(layout.width if kind else self.sequences, seconds / expected)
 
@@ -217,6 +228,7 @@ class Planner:
 
     def solve(self) -> None:
         """Policy iteration over the recent blocks, going on from the last solution (docs/planner.md)."""
+        self._price()
         self._correct_costs()
         # Sequences that share a step share its layout: what counts is the mean of as many.
         reach, found = (means(chances, self.sequences) for chances in self.experience.recent_reach())  # (N, k+1) each

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -42,7 +43,7 @@ class Planning:
         assert self._planner is not None
         if sequences != self._sequences:
             self._sequences = sequences
-            self._planner.reprice(of_batch(self._costs, sequences), plain_steps(self._costs, sequences))
+            self._planner.reprice(partial(of_batch, self._costs, sequences), plain_steps(self._costs, sequences))
         return self._planner
 
 

@@ -16,9 +16,10 @@ SIZES = {False: 4, True: 2}  # parts of k masks that blocks come in, for one seq
 class Shapes:
     """L layouts, by drafts verified: few enough to weigh all of them at every step.
 
-    layouts: the layouts. verified, hung (L,): drafts that they verify, and masks in all. blocks (L, k+1): masks after
-    each token; there (L, k+1): 1 for the tokens that they have. totals (T,): the different numbers of masks. starts, ends
-    (k+1,): the first of those with d drafts, which hangs no masks, and what comes behind the last.
+    layouts: the layouts, by drafts and then by blocks. verified, hung (L,): drafts that they verify, and masks in all.
+    blocks (L, k+1): masks after each token; there (L, k+1): 1 for the tokens that they have. totals (T,): the different
+    numbers of masks. starts, ends (k+1,): the first of those with d drafts, which hangs no masks, and what comes behind
+    the last.
     """
 
     def __init__(self, layouts: tuple[Layout, ...], masks: int) -> None:
