@@ -183,27 +183,31 @@ def planless(chance: float) -> tuple[Adaptive, Planner]:
         experience.made([chance] * 3)
     planner = Planner(noisy_costs(3, by_width({1: 1.0, 16: 4.0}), 0.0, np.random.default_rng(0)), experience)
     pause = Pause()
-    for _ in range(FIRST):
-        pause.rested(1, 1.0)
+    for sequences in (1, 2):
+        for _ in range(FIRST):
+            pause.rested(sequences, 1.0)
     return Adaptive(lambda sequences: planner, experience, pause=pause), planner
 
 
-def course_of(strategy: Adaptive, planner: Planner, steps: int, chance: float = 0.0) -> list[str]:
-    """A new text, step by step: whether masks were hung, nothing was done, or something else."""
+def course_of(strategy: Adaptive, planner: Planner, steps: int, chance: float, sequences: int = 2) -> list[str]:
+    """New texts, step by step: whether masks were hung, nothing was done, or something else."""
     assert strategy.pause is not None
     planner.begin_text()
-    strategy.pause.begin_text(1)
-    row = Running(len(strategy.open), 10**6, list(range(50)))
+    strategy.pause.begin_text(sequences)
+    rows = [Running(number, 10**6, list(range(50))) for number in range(sequences)]
     kinds = []
     for step in range(steps):
-        (layout,) = strategy.layouts([row])
+        layout = strategy.layouts(rows)[0]
         kinds.append("masks" if layout.masks else "rest" if strategy.paused else "plan")
-        strategy.decided(row, [1000 + step])
-        row.text.append(1000 + step)
-        row.drafts = min(layout.masks, 3)
-        made = torch.full((1, row.drafts), 7)
-        strategy.drafted([row], made, torch.full((1, row.drafts), chance))
+        for row in rows:
+            strategy.decided(row, [1000 + step])
+            row.text.append(1000 + step)
+            row.drafts = min(layout.masks, 3)
+        made = torch.full((sequences, rows[0].drafts), 7)
+        strategy.drafted(rows, made, torch.full(made.shape, chance))
         strategy.took(layout, 1.0 + 0.2 * (layout.width - 1))
+    strategy.open.clear()
+    strategy.texts.clear()
     return kinds
 
 
@@ -213,6 +217,23 @@ def test_where_nothing_promises_to_pay_most_steps_are_plain_and_nothing_else() -
     assert kinds[0] == "masks"  # a new text may be of another kind
     assert kinds.count("rest") > 250 and kinds.count("masks") <= 4
     assert kinds[1] == kinds[SETTLED] == "plan" and kinds[SETTLED + 1] == "rest"  # until what was tried is known
+
+
+def test_one_sequence_rests_but_for_the_drafts_of_its_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    strategy, planner = planless(0.02)
+    course_of(strategy, planner, 40, 0.02, sequences=1)
+    solutions: list[int] = []
+    monkeypatch.setattr(planner, "solve", lambda: solutions.append(0))
+    row = Running(99, 10**6, list(range(20)) * 2)
+    for _ in range(20):
+        row.drafts = 0
+        strategy.drafted([row], torch.empty((1, 0), dtype=torch.long), None)
+        (layout,) = strategy.layouts([row])
+        assert layout.regular > 1 and not layout.masks and not strategy.paused
+        held = [(row.text[-1] + number) % 20 for number in range(1, layout.regular + 1)]
+        strategy.decided(row, held)
+        row.text += held
+    assert not solutions
 
 
 def test_what_promises_to_pay_is_planned() -> None:
@@ -227,15 +248,18 @@ def test_after_many_hopeless_texts_only_some_begin_with_masks() -> None:
     assert first[TEXTS + 1 :].count("masks") == 2
 
 
-def test_rest_ends_when_the_text_begins_to_foretell_itself() -> None:
+def test_rest_ends_when_a_text_begins_to_foretell_itself() -> None:
     strategy, planner = planless(0.02)
     course_of(strategy, planner, 40, 0.02)
-    row = Running(99, 10**6, list(range(50)))
-    assert strategy.layouts([row]) == [plain()] and strategy.paused
-    for step in range(3 + 1 + WOKEN_BY + 1):
-        row.text.append(step % 3)
-        strategy.layouts([row])
-    assert not strategy.paused
+    rows = [Running(number, 10**6, list(range(50))) for number in (98, 99)]
+    assert strategy.layouts(rows) == [plain()] * 2 and strategy.paused
+    kinds = []
+    for step in range(2 * (3 + 1 + WOKEN_BY + 1)):
+        for row in rows:
+            row.text.append(step % 3)
+        strategy.layouts(rows)
+        kinds.append(strategy.paused)
+    assert all(kinds[: 3 + WOKEN_BY]) and not all(kinds)
 
 
 def test_tokens_of_a_batch_are_worth_what_plain_decoding_would_have_taken() -> None:

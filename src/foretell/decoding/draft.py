@@ -139,7 +139,7 @@ def draft(
     behind = own[:, None] - torch.arange(1, count + 1, device=text.device)
     sure = torch.ones(len(own), device=text.device) if confident else None
     seen = latents.device.type == "cpu"
-    open = Open(drafts.view(shape).tolist(), count) if seen else None
+    pending = Open(drafts.view(shape).tolist(), count) if seen else None
     numbers: Tensor | slice = All
     for _ in range(masks if seen else min(masks, UNSEEN_SWEEPS)):
         sampled = sampler.finish(prepared[numbers], model.base.embed(text[behind[numbers]]), latents[numbers])
@@ -150,8 +150,8 @@ def draft(
         text[own[numbers]] = made
         if sure is not None:
             sure[numbers] = confidence(scores, index)
-        if open is not None:
-            again = open.again(made.tolist(), None if sure is None else sure.tolist())
+        if pending is not None:
+            again = pending.again(made.tolist(), None if sure is None else sure.tolist())
             if not again:
                 break
             numbers = torch.tensor(again)

@@ -56,11 +56,12 @@ class Pause:
         """Whether the next step should be a plain one without anything else; to be asked once before each step."""
         if not self._paused and self._since_pause >= RENEWED:
             self._pause(FIRST)
-        self._left -= self._paused
-        if ended := self._paused and self._left < 0:
+        self.ended = self._paused and self._left == 0
+        if self.ended:
             self._paused, self._woken = False, 0
             self._try_anew()
-        self.ended = ended
+        elif self._paused:
+            self._left -= 1
         return self._paused
 
     def foretold(self, run: int) -> bool:

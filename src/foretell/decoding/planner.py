@@ -22,11 +22,9 @@ PLAIN_TIMED, TIMED = 4, 6  # steps that correct the costs of their kind, at leas
 PROBE_EVERY = (8, 256)  # steps without masks before some are tried again, `PROBE_RARER` times as many while in vain
 PROBE_RARER = 8
 PROBE_MASKS, FEWEST_PROBED = 4, 2  # the first drafts tell most
-PAYS = (
-    0.97  # seconds per token, as a share of a plain step's, below which anything but plain steps is worth its trouble
-)
-TEXTS = 4
+PAYS = 0.97  # plain steps that a token must cost less than for anything else to be worth its trouble
 SETTLED = 4  # steps after which the fate of what was tried is known
+TEXTS = 4  # in a row in which nothing paid, after which only one of so many begins with masks
 
 
 class Planner:
@@ -87,6 +85,10 @@ class Planner:
         """One layout per sequence, for the chances (m_b + 1,) that the first 0, 1, ... of its drafts hold, the
         tokens it may still get, and what a token of it is worth beside those of others (see `urgency`)."""
         self._price()
+        reach = [own[:left] for own, left in zip(reach, remaining, strict=True)]
+        urgency = urgency or [1.0] * len(reach)
+        if len(reach) == 1 and self.rests():
+            return [self.shapes.layouts[index] for index in self._drafts_alone(reach, self._gained(reach, urgency))]
         apart = max(self.sequences, self._solved_for) / min(self.sequences, self._solved_for)
         if apart >= APART and max(remaining) > SHORT:
             self._solve_soon()
@@ -95,11 +97,7 @@ class Planner:
             self._solve_every = min(2 * self._solve_every, SOLVE_EVERY[1])
             self.solve()
         self._until_solution -= 1
-        reach = [own[:left] for own, left in zip(reach, remaining, strict=True)]
-        if len(reach) == 1:
-            chosen = [self._best(reach[0])]
-        else:
-            chosen = self._best_together(reach, urgency or [1.0] * len(reach))
+        chosen = [self._best(reach[0])] if len(reach) == 1 else self._best_together(reach, urgency)
         if not self._probe(any(self.shapes.hung[index] for index in chosen)):
             return [self.shapes.layouts[index] for index in chosen]
         most = max(FEWEST_PROBED, PROBE_MASKS // self.sequences)  # of many sequences fewer tell as much
@@ -132,15 +130,9 @@ class Planner:
 
     def _best_together(self, reach: Sequence[Sequence[float]], urgency: Sequence[float]) -> list[int]:
         """The same for sequences that share a step: all pay for the most drafts and the most masks among them."""
-        # What verifying up to 0, 1, ... drafts gains, for the tokens that may be expected to hold.
-        gained = [0.0]
-        for r in range(1, max(map(len, reach))):
-            held = sum(weight * own[r] for own, weight in zip(reach, urgency, strict=True) if len(own) > r)
-            gained.append(gained[-1] + held * self.per_token / len(reach))
-        if not self._hangs_masks:  # then only the number of drafts is to choose
-            net = self._table[: len(gained), 0] - gained
-            drafts = int(net.argmin())
-            return [int(self.shapes.starts[min(drafts, len(own) - 1)]) for own in reach]
+        gained = self._gained(reach, urgency)
+        if not self._hangs_masks:
+            return self._drafts_alone(reach, gained)
         if all(gain <= dearer for gain, dearer in zip(gained[1:], self._dearer[1:], strict=False)):
             return [self._best([1.0])] * len(reach)
         padded = np.array([[*own, *[0.0] * (self.masks + 1 - len(own))] for own in reach])
@@ -151,6 +143,19 @@ class Planner:
         verified, column = np.unravel_index(int(totals.argmin()), totals.shape)
         fits = (self.shapes.verified <= verified) & (self.shapes.hung <= self.shapes.totals[column])
         return np.where(fits[:, None], worth, np.inf).argmin(0).tolist()
+
+    def _gained(self, reach: Sequence[Sequence[float]], urgency: Sequence[float]) -> list[float]:
+        """What verifying up to 0, 1, ... drafts gains, for the tokens that may be expected to hold."""
+        gained = [0.0]
+        for r in range(1, max(map(len, reach))):
+            held = sum(weight * own[r] for own, weight in zip(reach, urgency, strict=True) if len(own) > r)
+            gained.append(gained[-1] + held * self.per_token / len(reach))
+        return gained
+
+    def _drafts_alone(self, reach: Sequence[Sequence[float]], gained: Sequence[float]) -> list[int]:
+        """The best shapes without masks, where only the number of drafts is to choose."""
+        drafts = int((self._table[: len(gained), 0] - gained).argmin())
+        return [int(self.shapes.starts[min(drafts, len(own) - 1)]) for own in reach]
 
     def begin_text(self) -> None:
         """A new text may be of another kind: plan anew, and try masks at once if plain decoding seems best; after some
@@ -163,8 +168,8 @@ class Planner:
             self._without_masks, self._probe_every = SETTLED, PROBE_RARER * PROBE_EVERY[0]
 
     def rests(self) -> bool:
-        """Whether the next step should be a plain one without anything else, as no other promises to pay and none is
-        to be tried; to be asked before each step to which no drafts are at hand."""
+        """Whether neither planning nor masks promise to pay at the next step, nor is it time to try some; to be asked
+        once before each step, which `layouts` does of one sequence."""
         if self._pays or self._without_masks < SETTLED or self._without_masks + 1 >= self._probe_every:
             return False
         self._without_masks += 1
