@@ -12,7 +12,7 @@ RENEWED = 512  # steps without a pause after which plain steps are timed again
 TRIAL = 3  # steps before a pause, at least
 SURE = 1.5  # standard deviations, roughly, that losses must be away from none
 EXPECTED = 4.0  # squared plain steps: what one step may well gain that nothing has been seen of yet
-BELIEVED = 16  # plain steps' time of what the planner promises that losses must outweigh; half as many after a failure
+BELIEVED = 6  # plain steps' time of what the planner promises that losses must outweigh; half as many after a failure
 PAUSES = (32, 1024)  # steps: the first, and the longest; each is `LONGER` times as long as the last, while trials fail
 LONGER = 4
 WOKEN_BY = 6  # first drafts of the text itself that would have held in a row: it has begun to repeat itself
@@ -106,12 +106,12 @@ class Pause:
         self._squares = FADES * self._squares + lost**2
         if self._steps < TRIAL:
             return
-        promised = (BELIEVED >> self._failed) * gain
-        if self._lost - promised > SURE * math.sqrt(self._squares + EXPECTED / sequences):
+        chance = SURE * math.sqrt(self._squares + EXPECTED / sequences)
+        if self._lost - (BELIEVED >> self._failed) * gain > chance:
             steps = min(PAUSES[0] * LONGER**self._failed, PAUSES[1])
             self._failed, self._for_text = self._failed + 1, int(IN_NEW_TEXT * steps)
             self._pause(steps)
-        elif self._steps >= PAUSES[0] and self._lost < 0:
+        elif self._lost < -chance or (self._steps >= PAUSES[0] and self._lost < 0):
             self._failed = 0
 
     def _plain_share(self, sequences: int) -> float:

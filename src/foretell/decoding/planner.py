@@ -88,6 +88,8 @@ class Planner:
         reach = [own[:left] for own, left in zip(reach, remaining, strict=True)]
         urgency = urgency or [1.0] * len(reach)
         if len(reach) == 1 and self.rests():
+            if self._without_masks % SOLVE_EVERY[1] == 0:
+                self.experience.lookup.learn()
             return [self.shapes.layouts[index] for index in self._drafts_alone(reach, self._gained(reach, urgency))]
         apart = max(self.sequences, self._solved_for) / min(self.sequences, self._solved_for)
         if apart >= APART and max(remaining) > SHORT:
