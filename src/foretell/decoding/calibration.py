@@ -16,7 +16,6 @@ DRIFT = 3e-4  # variance gained per block: what was learnt on another text fades
 LIMIT = 6.0  # of a confidence's log-odds, about 0.25 %
 ROUNDS = 3  # of fitting the same blocks
 WINDOW = 32  # blocks whose confidences stand for those to come
-OF_LAST_TEXT = 4  # of them are kept when a new text begins, which may be of another kind
 TEXTS = 16  # whose ends tell how texts end
 FIRST_GUESS = 0.6  # confidence of every draft before anything was seen
 
@@ -95,9 +94,8 @@ class Calibration:
             weight = np.tanh(score / 2) / (2 * score)
             self.covariance = np.linalg.inv(precision + (features.T * weight) @ features)
             self.mean = self.covariance @ known
-            score = np.sqrt(
-                np.einsum("ni,ij,nj->n", features, self.covariance + np.outer(self.mean, self.mean), features)
-            )
+            squares = (features @ (self.covariance + np.outer(self.mean, self.mean))) * features
+            score = np.sqrt(squares.sum(1))
         self._coefficients = self.mean.tolist()
         self._reach.clear()
 
@@ -129,14 +127,8 @@ class Experience:
         self.stopped += (stopped - self.stopped) / TEXTS
 
     def begin_text(self) -> None:
-        """Forgets most of what blocks of earlier texts were like; what confidences are worth stays.
-
-        A new text foretells nothing yet, so that masks are hung whatever the last one gave.
-        """
+        """A new text foretells nothing by itself yet. Recent blocks stay: they stand for what such texts promise."""
         self._found.clear()
-        some = list(self._recent)[:: -(-len(self._recent) // OF_LAST_TEXT) or 1]  # all phases of it
-        self._recent.clear()
-        self._recent.extend(some)
 
     def recent_reach(self) -> tuple[Floats, Floats]:
         """Twice (N, k+1): the chances that the first 0..k drafts hold by all that is known now, of recent blocks and

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import numpy as np
 from foretell.decoding.calibration import Floats
 
 LATEST = 64  # steps that count
-SPREAD, SLOPE = 0.1, 0.2  # of logarithms: usual deviation of a step, and of the power of the width
+SPREAD, SLOPE = 0.1, 0.1  # of logarithms: usual deviation of a step, and of the power of the width
 SMALL = 0.03  # deviations below count as so large
 ROUNDS = 4  # of fitting
 
@@ -45,23 +46,31 @@ class Correction:
         """`fewest`: steps, before which nothing is corrected."""
         self.fewest = fewest
         self._steps: deque[tuple[float, float]] = deque(maxlen=LATEST)  # log width, log share of the measured seconds
+        self._known: Fit | None = None
+        self._news = False  # since then
 
     def took(self, width: int, share: float) -> None:
         """A step of so many rows took this share of the seconds measured for it."""
-        self._steps.append((np.log(width), np.log(share)))
+        self._steps.append((math.log(width), math.log(share)))
+        self._news = True
 
     def fit(self) -> Fit | None:
         """None while too few steps are known."""
-        if len(self._steps) < self.fewest:
-            return None
+        if self._news and len(self._steps) >= self.fewest:
+            self._known, self._news = self._fitted(), False
+        return self._known
+
+    def _fitted(self) -> Fit:
         widths, shares = np.array(self._steps).T
         middle = len(shares) // 2
         usual, level, slope = float(np.sort(widths)[middle]), float(np.sort(shares)[middle]), 0.0
         away = widths - usual
+        basis = np.stack([np.ones_like(away), away])
+        columns = np.stack([*basis, shares], 1)
         for _ in range(ROUNDS if away.any() else 0):
             weights = 1 / (SPREAD * np.maximum(np.abs(shares - level - slope * away), SMALL))
-            total, first, second = weights.sum(), weights @ away, weights @ away**2 + SLOPE**-2
-            one, other = weights @ shares, weights @ (away * shares)
+            (total, first, one), (_, second, other) = ((weights * basis) @ columns).tolist()
+            second += SLOPE**-2
             determinant = total * second - first**2
             level, slope = (second * one - first * other) / determinant, (total * other - first * one) / determinant
         return Fit(level, slope, usual)

@@ -20,15 +20,19 @@ ALONG = 2  # blocks' worth of masks
 UNSEEN_SWEEPS = 5  # over a chain, where looking whether it has settled would stall the queue
 LEAST_REACH = 0.1  # chance of drafts up to one that has changed, below which those behind it may stay
 
-All = slice(None)
-# Scores (n, V), or (n, m) of tokens (n, m), of the drafts with these numbers (n,), block after block, or of all B · K;
-# -> which of them, (n,).
-Choose = Callable[[Tensor, Tensor | None, Tensor | slice], Tensor]
+# Scores (n, V), or (n, m) of tokens (n, m), of the drafts with these numbers (n,), block after block, or, if None, of
+# all B · K -> which of them, (n,).
+Choose = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 
 
-def largest(scores: Tensor, tokens: Tensor | None, numbers: Tensor | slice) -> Tensor:
+def largest(scores: Tensor, tokens: Tensor | None, numbers: Tensor | None) -> Tensor:
     """The likeliest tokens."""
     return first_largest(scores)
+
+
+def numbered(rows: Tensor, numbers: Tensor | None) -> Tensor:
+    """(N, ...) -> (n, ...): those with these numbers, or all. A third of the time that indexing takes."""
+    return rows if numbers is None else rows.index_select(0, numbers)
 
 
 class Drafter(Protocol):
@@ -122,13 +126,13 @@ def draft(
     logits = None if logits is None else logits.flatten(0, 1)
     if sampler is None or not use_sampler:
         scores = model.base.unembed(latents) if logits is None else logits
-        drafts = choose(scores, None, All)
+        drafts = choose(scores, None, None)
         return drafts.view(shape), confidence(scores, drafts).view(shape) if confident else None
     short, tokens = None, None
     drafts = before[:, 0]  # of a single mask nothing is to be guessed
     if masks > 1 or shortlist:
         scores = model.base.unembed(latents) if logits is None else logits
-        drafts = choose(scores, None, All) if masks > 1 else drafts
+        drafts = choose(scores, None, None) if masks > 1 else drafts
         if shortlist and isinstance(model.base.head, (nn.Linear, PackedLinear)):
             short = Shortlist(model, scores, shortlist)
             tokens = short.tokens
@@ -140,16 +144,18 @@ def draft(
     sure = torch.ones(len(own), device=text.device) if confident else None
     seen = latents.device.type == "cpu"
     pending = Open(drafts.view(shape).tolist(), count) if seen else None
-    numbers: Tensor | slice = All
+    numbers: Tensor | None = None  # of the drafts to make; all
     for _ in range(masks if seen else min(masks, UNSEEN_SWEEPS)):
-        sampled = sampler.finish(prepared[numbers], model.base.embed(text[behind[numbers]]), latents[numbers])
+        before_each = model.base.embed(text[numbered(behind, numbers)])
+        sampled = sampler.finish(numbered(prepared, numbers), before_each, numbered(latents, numbers))
         scores = model.base.unembed(sampled) if short is None else short.scores(sampled, numbers)
-        of = None if tokens is None else tokens[numbers]
+        of = None if tokens is None else numbered(tokens, numbers)
         index = choose(scores, of, numbers)
         made = index if of is None else of.gather(1, index[:, None])[:, 0]
-        text[own[numbers]] = made
+        text.index_copy_(0, numbered(own, numbers), made)
         if sure is not None:
-            sure[numbers] = confidence(scores, index)
+            of_made = confidence(scores, index)
+            sure = of_made if numbers is None else sure.index_copy_(0, numbers, of_made)
         if pending is not None:
             again = pending.again(made.tolist(), None if sure is None else sure.tolist())
             if not again:
@@ -194,10 +200,10 @@ class Shortlist:
     def __init__(self, model: MTPModel, logits: Tensor, m: int) -> None:
         """logits (N, V)."""
         self.tokens = logits.topk(min(m, model.base.vocab_size), sorted=False).indices  # (N, m)
-        self.rows = model.base.head.weight[self.tokens]  # (N, m, D)
+        self.rows = nn.functional.embedding(self.tokens, model.base.head.weight)  # (N, m, D)
         self.bias = None if model.base.head.bias is None else model.base.head.bias[self.tokens]
 
-    def scores(self, sampled: Tensor, numbers: Tensor | slice) -> Tensor:
-        """(n, D) of the masks with these numbers -> (n, m)."""
-        scores = (self.rows[numbers] @ sampled[..., None])[..., 0]
-        return scores if self.bias is None else scores + self.bias[numbers]
+    def scores(self, sampled: Tensor, numbers: Tensor | None) -> Tensor:
+        """(n, D) of the masks with these numbers, or of all -> (n, m)."""
+        scores = (numbered(self.rows, numbers) @ sampled[..., None])[..., 0]
+        return scores if self.bias is None else scores + numbered(self.bias, numbers)

@@ -78,7 +78,7 @@ class Picker:
 
     def race(
         self, sequences: Sequence[int], places: Sequence[int], count: int, vocab: int
-    ) -> Callable[[Tensor, Tensor | None, Tensor | slice], Tensor]:
+    ) -> Callable[[Tensor, Tensor | None, Tensor | None], Tensor]:
         """For drafts of `count` places in a row from place `places[b]` of `sequences[b]` on, in the races of `pick`.
 
         It takes scores (n, V), or (n, m) of tokens (n, m), of the drafts with these numbers (n,), sequence after
@@ -88,10 +88,10 @@ class Picker:
         keys = [self._key(sequence, start + number) for sequence, start in starts for number in range(count)]
         waits: list[Tensor] = []
 
-        def choose(scores: Tensor, tokens: Tensor | None, numbers: Tensor | slice) -> Tensor:
+        def choose(scores: Tensor, tokens: Tensor | None, numbers: Tensor | None) -> Tensor:
             if not waits:
                 waits.append(log_waits(keys, vocab, scores.device))
-            rows = torch.arange(len(keys), device=scores.device)[numbers]
+            rows = torch.arange(len(keys), device=scores.device) if numbers is None else numbers
             own = waits[0][rows] if tokens is None else waits[0][rows[:, None], tokens]
             return first_largest(self.scores(scores) - own)
 

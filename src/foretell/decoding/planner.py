@@ -14,9 +14,10 @@ from foretell.decoding.costs import Costs
 from foretell.decoding.shapes import shapes
 from foretell.layout import Block, Layout
 
-ROUNDS, CLOSE = 10, 0.01  # of policy iteration, at most, and what may change, in tokens, in the last of them
+FIRST_ROUNDS, ROUNDS = 10, 2  # of policy iteration, at most: from nothing, and from the last solution
+CLOSE = 0.01  # tokens: a round that changes less is the last
 ENDS = 1e-3  # chance that drafts at hand are lost, as by the end of the text: what would go on for ever has a value
-SOLVE_EVERY = (4, 16)  # steps between solutions, doubling from the first to the second; of several sequences fewer
+SOLVE_EVERY = (8, 32)  # steps between solutions, doubling from the first to the second; of several sequences fewer
 APART, SHORT = 2, 16  # a solution for so many times as many sequences won't do, unless so few tokens are left
 PLAIN_TIMED, TIMED = 4, 6  # steps that correct the costs of their kind, at least: plain ones are all alike
 PROBE_EVERY = (8, 256)  # steps without masks before some are tried again, `PROBE_RARER` times as many while in vain
@@ -52,6 +53,8 @@ class Planner:
         self._costs: Callable[[], Costs] | None = None  # that hold from now on
         self._shares = np.ones(1)  # (n,): see `urgency`
         self._correct_costs()
+        self._weights = self._worth()
+        self._solved = False
         self._hangs_masks, self._pays, self._in_vain = False, True, 0
         self._without_masks, self._probe_every = 0, PROBE_EVERY[0]
         self._until_solution, self._solve_every = 0, SOLVE_EVERY[0]
@@ -70,6 +73,7 @@ class Planner:
         self.shapes = shapes(self.masks, several=self.sequences > 1)
         self._shares = np.maximum(np.diff(self.plain, prepend=0.0), 0.0) * self.sequences / self.plain[-1]
         self._correct_costs()  # which scales the solution
+        self._weights = self._worth()
 
     @property
     def plain_seconds(self) -> float:
@@ -114,7 +118,7 @@ class Planner:
         """
         self._price()
         urgency = [1.0] * len(remaining)
-        if refilled or len(self._shares) != len(remaining):
+        if refilled or len(remaining) == 1 or len(self._shares) != len(remaining):
             return urgency
         known = 1 - self.experience.stopped
         order = sorted(range(len(remaining)), key=remaining.__getitem__, reverse=True)
@@ -160,11 +164,10 @@ class Planner:
         return [int(self.shapes.starts[min(drafts, len(own) - 1)]) for own in reach]
 
     def begin_text(self) -> None:
-        """A new text may be of another kind: plan anew, and try masks at once if plain decoding seems best; after some
-        texts in which it did to their end, only in one of so many."""
+        """A new text may be of another kind: try masks at once if plain decoding seems best; after some texts in which
+        it did to their end, only in one of so many."""
         self._in_vain = 0 if self._pays else self._in_vain + 1
         self._probe_every = PROBE_EVERY[0]
-        self._solve_soon()
         self.probe_soon()
         if self._in_vain > TEXTS and self._in_vain % TEXTS:
             self._without_masks, self._probe_every = SETTLED, PROBE_RARER * PROBE_EVERY[0]
@@ -227,7 +230,6 @@ class Planner:
             self._table[:, 1:] = np.maximum.accumulate(self._table[:, 1:], axis)
         self._seconds = self._table[self.shapes.verified, self.shapes.hung]
         self.drafting = self._drafting * masked.factor  # (k+1,): seconds of making the drafts of a block of n masks
-        self._weights = self._worth()
         self._dearer = (self._table - self._table[0]).min(1)  # (k+1,): what verifying d drafts adds, at least
 
     def _solve_soon(self) -> None:
@@ -239,8 +241,8 @@ class Planner:
         self._correct_costs()
         # Sequences that share a step share its layout: what counts is the mean of as many.
         reach, found = (means(chances, self.sequences) for chances in self.experience.recent_reach())  # (N, k+1) each
-        self._solved_for = self.sequences
-        for _ in range(ROUNDS):
+        rounds, self._solved, self._solved_for = ROUNDS if self._solved else FIRST_ROUNDS, True, self.sequences
+        for _ in range(rounds):
             before = np.append(self.value, self.per_token)
             self._evaluate(*self._improved(reach, found))
             if np.abs(before - np.append(self.value, self.per_token)).max() < CLOSE * self.per_token:
@@ -293,7 +295,7 @@ class Planner:
 
         Token r + 1 is worth `per_token`, and exactly r hold with chance S_r - S_{r+1}: that block's drafts remain.
         """
-        left = (self.value + self.drafting)[self.shapes.blocks]
+        left = np.take(self.value + self.drafting, self.shapes.blocks)
         left[:, 1:] -= left[:, :-1].copy()
         left -= self.per_token
         left *= self.shapes.there
