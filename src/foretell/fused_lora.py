@@ -88,18 +88,29 @@ class FusedLowRank:
 
         If A is joined, out is followed by A·x: (B, n, sum of d_out + r).
         """
-        alone = not self.packed and len(out) == 1 and not self.spelled_out
-        out = out[0, first:] if alone else out[:, first:]
+        if not self.packed and len(out) == 1 and out.stride(2) == 1 and not self.spelled_out:
+            return self._add_to_one(out, x, first)
+        out = out[:, first:]
         if self.a is None:
             narrow = out[..., -self.rank :]
         else:
-            x = x[0, first:] if alone else x[:, first:]
-            narrow = packed.product(x, self.a) if self.packed else x @ self.a
+            narrow = packed.product(x[:, first:], self.a) if self.packed else x[:, first:] @ self.a
         for (rows, columns), b in zip(self.places, self.bs, strict=True):
             of_part = narrow if len(self.bs) == 1 else narrow[..., columns]
             if self.spelled_out:
                 out[..., rows].add_(sum(of_part[..., i : i + 1] * row for i, row in enumerate(b)), alpha=self.scale)
-            elif alone:
-                out[:, rows].addmm_(of_part, b, alpha=self.scale)
             else:
                 out[..., rows].add_(packed.product(of_part, b) if self.packed else of_part @ b, alpha=self.scale)
+
+    def _add_to_one(self, out: Tensor, x: Tensor, first: int) -> None:
+        """The same for a single sequence, out (1, n, ...), in as few calls as can be: each costs what a small B does."""
+        _, rows, width = out.shape
+        row = out.stride(1)
+        start = out.storage_offset() + first * row
+
+        def part(columns: slice) -> Tensor:
+            return out.as_strided((rows - first, columns.stop - columns.start), (row, 1), start + columns.start)
+
+        narrow = part(slice(width - self.rank, width)) if self.a is None else x[0, first:] @ self.a
+        for (columns, of_narrow), b in zip(self.places, self.bs, strict=True):
+            part(columns).addmm_(narrow if len(self.bs) == 1 else narrow[:, of_narrow], b, alpha=self.scale)
