@@ -53,8 +53,8 @@ def test_a_planner_with_too_flat_a_table_learns_what_wide_steps_take() -> None:
 
     for masks, regular in [(4, 1), (8, 1), (6, 7), (8, 8)] * 16:
         layout = Layout(regular, (Block(regular - 1, masks),))
-        planner.took(layout, 0, real(layout.width))
-        planner.took(Layout(1), 0, 2.0)
+        planner.took(layout, real(layout.width))
+        planner.took(Layout(1), 2.0)
     planner.solve()
     assert planner._table[0, 0] == pytest.approx(2.0)
     for drafts, masks in ((0, 4), (0, 8), (7, 8), (8, 16)):

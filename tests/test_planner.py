@@ -92,13 +92,13 @@ def test_costs_follow_what_steps_really_take() -> None:
     (before,) = planner.layouts([[1.0]], [1000])
     plain_seconds, masked_seconds = planner._table[0, 0], planner._table[0, 8]
     for _ in range(5):
-        planner.took(before, 0, 9.0)
+        planner.took(before, 9.0)
     planner.solve()
     assert planner._table[0, 8] == masked_seconds  # one odd step, or five, is no rule
     for _ in range(64):
-        planner.took(plain(), 0, 2.0)  # a machine half as fast
-        planner.took(plain(2), 0, 2.4)
-        planner.took(Layout(1, (Block(0, 8),)), 0, 2.0 * 5.0)
+        planner.took(plain(), 2.0)  # a machine half as fast
+        planner.took(plain(2), 2.4)
+        planner.took(Layout(1, (Block(0, 8),)), 2.0 * 5.0)
     planner.solve()
     assert planner._table[0, 0] == pytest.approx(2.0 * plain_seconds)
     assert planner._table[1, 0] == pytest.approx(2.4)
@@ -111,7 +111,7 @@ def test_what_is_not_timed_is_as_fast_as_what_is() -> None:
     planner = Planner(noisy_costs(4, COSTS["1B"], 0.0, np.random.default_rng(0)), Experience(4))
     ratio = planner._table[0, 4] / planner._table[0, 0]
     for _ in range(20):
-        planner.took(plain(), 0, 3.0)
+        planner.took(plain(), 3.0)
     planner.solve()
     assert planner._table[0, 0] == pytest.approx(3.0)
     assert planner._table[0, 4] / planner._table[0, 0] == pytest.approx(ratio)
@@ -122,7 +122,7 @@ def test_what_is_not_timed_is_not_taken_for_faster() -> None:
     planner = Planner(noisy_costs(4, COSTS["1B"], 0.0, np.random.default_rng(0)), Experience(4))
     before = planner._table.copy()
     for _ in range(20):
-        planner.took(plain(), 0, 0.5)
+        planner.took(plain(), 0.5)
     planner.solve()
     assert planner._table[0, 0] == pytest.approx(0.5)
     assert planner._table[:, 1:] == pytest.approx(before[:, 1:]) and planner._table[1:, 0] == pytest.approx(

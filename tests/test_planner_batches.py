@@ -146,7 +146,7 @@ def test_a_batch_that_thins_out_is_priced_when_that_is_asked_for() -> None:
         raise AssertionError("priced")
 
     planner.reprice(never, np.array([1.0, 3.0]))
-    planner.took(plain(), 0, 3.0)
+    planner.took(plain(), 3.0)
     assert planner.plain_seconds == 3.0 and planner.sequences == 2
     with pytest.raises(AssertionError, match="priced"):
         planner.layouts([[1.0]] * 2, [10, 10])

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from foretell.base import Base
 from foretell.config import STRATEGIES, DecodeConfig, MTPConfig
 from foretell.decoding import loop
-from foretell.decoding.generate import MTPForCausalLM
 from foretell.decoding.draft import numbered
+from foretell.decoding.generate import MTPForCausalLM
 from foretell.decoding.pick import Picker, first_largest, log_waits
 
 from .fitted import fitted

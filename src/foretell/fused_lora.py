@@ -103,7 +103,7 @@ class FusedLowRank:
                 out[..., rows].add_(packed.product(of_part, b) if self.packed else of_part @ b, alpha=self.scale)
 
     def _add_to_one(self, out: Tensor, x: Tensor, first: int) -> None:
-        """The same for a single sequence, out (1, n, ...), in as few calls as can be: each costs what a small B does."""
+        """The same for one sequence, out (1, n, ...), in as few calls as can be: each costs what a small B does."""
         _, rows, width = out.shape
         row = out.stride(1)
         start = out.storage_offset() + first * row

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from foretell import __version__
 from foretell.config import DecodeConfig
@@ -161,7 +163,7 @@ def _key(model: MTPModel, config: DecodeConfig, batch: int) -> str:
 
 @torch.inference_mode()
 def measure(model: MTPModel, config: DecodeConfig, batch: int = 1, widths: Sequence[int] | None = None) -> Costs:
-    """Times steps of every width in turn, so that a disturbance meets them all; lower quartiles.
+    """Times steps of every width in turn, so that a disturbance meets them all; lower quartiles, of drafting medians.
 
     With `widths`, only those, and no drafting.
     """
@@ -179,24 +181,17 @@ def measure(model: MTPModel, config: DecodeConfig, batch: int = 1, widths: Seque
     regular, masked = (REGULAR_WIDTHS, (*MASKED_WIDTHS, room)) if widths is None else (widths[:1], widths[1:])
     layouts: dict[tuple[str, int], Layout] = {("regular", w): plain(w) for w in regular if w <= masks + 1}
     layouts |= {("masked", w): masked_layout(w, masks) for w in sorted(set(masked)) if 2 <= w <= room}
-    # Of real masks: how often a chain must be gone over depends on them.
-    latents = model.step(prompt[:1].expand(batch, 1), [linear(0, masks)] * batch, cache, cache.lengths)[:, 1:].clone()
     picker = Picker(config)
     tasks: dict[tuple[str, int], Callable[[], object]] = {
         key: partial(_step, model, config, picker, layout, cache, batch) for key, layout in layouts.items()
     }
-    before = prompt[:1].expand(batch, 2)
-    logits = model.base.unembed(latents) if reads_along(model, config, 0) else None  # for all: `_step` reads the rest
-    shortlist = shortlist_size(model, config.shortlist)
-    for count in sorted({1, (masks + 1) // 2, masks}) if widths is None else ():
-        read = None if logits is None else logits[:, :count]
-        tasks["drafts", count] = partial(
-            draft, model, latents[:, :count], before, config.use_sampler, shortlist, confident=True, logits=read
-        )
-    seconds: dict[tuple[str, int], list[float]] = {key: [] for key in tasks}
+    seconds: dict[tuple[str, int], list[float]] = defaultdict(list)
     start = time.perf_counter()
     for round in range(ROUNDS + 1):
-        for key, task in tasks.items():
+        # Of real masks, others in every round: how often a chain must be gone over depends on them.
+        token = prompt[round % context].expand(batch, 1)
+        drafting = _drafting(model, config, token, cache) if widths is None else {}
+        for key, task in (tasks | drafting).items():
             task()  # the second of two like steps counts, as in decoding; the first meets cold caches and new hooks
             begin = _now(model)
             task()
@@ -207,7 +202,8 @@ def measure(model: MTPModel, config: DecodeConfig, batch: int = 1, widths: Seque
             break
     tables: dict[str, dict[int, float]] = {"regular": {}, "masked": {}, "drafts": {}}
     for (name, width), values in seconds.items():
-        tables[name][width] = sorted(values)[len(values) // 4] * (UNTIMED if name == "masked" else 1.0)
+        usual = len(values) // 2 if name == "drafts" else len(values) // 4  # chains differ, not only disturbances
+        tables[name][width] = sorted(values)[usual] * (UNTIMED if name == "masked" else 1.0)
     return Costs(**tables)
 
 
@@ -234,6 +230,22 @@ def _step(
     picker.pick(logits[:, : layout.regular].flatten(0, 1).float(), rows, rows).tolist()
     if reads_along(model, config, 0) and not along:
         model.base.unembed(latents[:, : config.masks or model.max_masks])
+
+
+def _drafting(
+    model: MTPModel, config: DecodeConfig, token: Tensor, cache: StaticCache
+) -> dict[tuple[str, int], Callable[[], object]]:
+    """Making 1 to k drafts behind this token (B, 1), if the step reads what it can along (see `_step`)."""
+    masks, batch = config.masks or model.max_masks, len(token)
+    latents = model.step(token, [linear(0, masks)] * batch, cache, cache.lengths)[:, 1:]
+    logits = model.base.unembed(latents) if reads_along(model, config, 0) else None
+    before, shortlist = token.expand(-1, 2), shortlist_size(model, config.shortlist)
+
+    def make(count: int) -> object:
+        read = None if logits is None else logits[:, :count]
+        return draft(model, latents[:, :count], before, config.use_sampler, shortlist, confident=True, logits=read)
+
+    return {("drafts", count): partial(make, count) for count in sorted({1, (masks + 1) // 2, masks})}
 
 
 def _now(model: MTPModel) -> float:

@@ -150,8 +150,11 @@ def refilled_steps(
                 if len(order) < len(done):
                     latents, logits = latents[order], logits[order]
                 read = surviving(logits, blocks) if along else None
+                drafting = time.perf_counter()
                 drafts = draft_blocks(drafter, strategy, surviving(latents, blocks), read, before, running)
-                strategy.took(layouts[0], None if unread else spent + time.perf_counter() - begin)
+                end_of_step = time.perf_counter()
+                seconds = None if unread else spent + end_of_step - begin
+                strategy.took(layouts[0], seconds, end_of_step - drafting)
             else:
                 running = []
             unread = []

@@ -44,6 +44,7 @@ class Planner:
         self.shapes = shapes(masks)
         # Of steps with neither drafts nor masks, with drafts alone, with masks.
         self._corrections = Correction(PLAIN_TIMED), Correction(TIMED), Correction(TIMED)
+        self._of_drafting = Correction(TIMED)  # of making drafts, by their number
         self._widths = np.arange(1.0, masks + 2)[:, None] + np.arange(masks * (masks + 1) + 1)  # by drafts and masks
         self.value = np.zeros(masks + 1)
         self._measured, self._drafting = costs.steps(masks), costs.drafting(masks)
@@ -205,11 +206,12 @@ class Planner:
         self._until_solution = SETTLED
         return True
 
-    def took(self, layout: Layout, drafts: int, seconds: float) -> None:
-        """A step of this layout, with the making of so many drafts behind it, took so long."""
-        expected = self.plain_seconds
-        if layout.width > 1 or drafts:
-            expected = self._measured[layout.regular - 1, layout.masks] + self._drafting[drafts]
+    def took(self, layout: Layout, seconds: float, drafts: int = 0, drafting: float = 0.0) -> None:
+        """A step of this layout took so long, `drafting` of it to make so many drafts."""
+        if drafts and self._drafting[drafts] > 0:
+            self._of_drafting.took(drafts, drafting / self._drafting[drafts])
+            seconds -= drafting
+        expected = self.plain_seconds if layout.width == 1 else self._measured[layout.regular - 1, layout.masks]
         kind = 2 if layout.masks else int(layout.regular > 1)
         self._corrections[kind].took(layout.width if kind else self.sequences, seconds / expected)
 
@@ -229,7 +231,9 @@ class Planner:
         for axis in (0, 1):  # a fit may fall faster with the width than what was measured rises
             self._table[:, 1:] = np.maximum.accumulate(self._table[:, 1:], axis)
         self._seconds = self._table[self.shapes.verified, self.shapes.hung]
-        self.drafting = self._drafting * masked.factor  # (k+1,): seconds of making the drafts of a block of n masks
+        # (k+1,): seconds of making the drafts of a block of n masks.
+        counts = np.maximum(np.arange(self.masks + 1), 1)
+        self.drafting = np.maximum.accumulate(self._drafting * (self._of_drafting.fit() or known).at(counts))
         self._dearer = (self._table - self._table[0]).min(1)  # (k+1,): what verifying d drafts adds, at least
 
     def _solve_soon(self) -> None:

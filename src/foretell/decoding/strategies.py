@@ -52,9 +52,9 @@ class Strategy(Protocol):
         """
         ...
 
-    def took(self, layout: Layout, seconds: float | None) -> None:
-        """The last step, of the layout that all sequences had in common, took so long with the drafting behind it;
-        None if that can't be compared, as it read the prompts too."""
+    def took(self, layout: Layout, seconds: float | None, drafting: float = 0.0) -> None:
+        """The last step, of the layout that all sequences had in common, took so long with the drafting behind it,
+        which took `drafting` of that; None if that can't be compared, as it read the prompts too."""
         ...
 
 
@@ -74,7 +74,7 @@ class Fixed:
     def drafted(self, running: Sequence[Running], drafts: Tensor, confidences: Tensor | None) -> Tensor:
         return drafts
 
-    def took(self, layout: Layout, seconds: float | None) -> None:
+    def took(self, layout: Layout, seconds: float | None, drafting: float = 0.0) -> None:
         pass
 
 
@@ -164,14 +164,14 @@ class Adaptive:
         most = max(len(own) for own, _ in chosen)
         return torch.tensor([own + [0] * (most - len(own)) for own, _ in chosen], device=drafts.device)
 
-    def took(self, layout: Layout, seconds: float | None) -> None:
+    def took(self, layout: Layout, seconds: float | None, drafting: float = 0.0) -> None:
         if self.planning is None:
             return
         if seconds is None:
             if self.pause is not None and not self.paused:
                 self.pause.began()
             return
-        self.planning.took(layout, self.made, seconds)
+        self.planning.took(layout, seconds, self.made, drafting)
         if self.pause is not None:
             sequences, share = self.planning.sequences, seconds / self.planning.plain_seconds
             if self.paused:
