@@ -108,7 +108,7 @@ class Experience:
         self.calibration = Calibration(masks)
         self.lookup = Calibration(masks)  # its log-odds are those of `match_log_odds`
         self.stopped = 0.5  # share of the latest texts that ended before their limit
-        self._recent: deque[list[float]] = deque(maxlen=WINDOW)  # of blocks, log-odds (k,)
+        self._recent: deque[list[float]] = deque(maxlen=WINDOW)  # of blocks, log-odds (k,); `WINDOW` of each sequence
         self._found: deque[list[float]] = deque(maxlen=WINDOW)  # of steps, log-odds (n,) of the text's own drafts
 
     def found(self, logits: list[float]) -> None:
@@ -126,9 +126,11 @@ class Experience:
         """A text ended, before its limit if `stopped`."""
         self.stopped += (stopped - self.stopped) / TEXTS
 
-    def begin_text(self) -> None:
-        """A new text foretells nothing by itself yet. Recent blocks stay: they stand for what such texts promise."""
+    def begin_text(self, sequences: int = 1) -> None:
+        """A new text, or so many, foretells nothing by itself yet. Recent blocks stay: they stand for what such texts
+        promise."""
         self._found.clear()
+        self._recent = deque(self._recent, maxlen=WINDOW * sequences)
 
     def recent_reach(self) -> tuple[Floats, Floats]:
         """Twice (N, k+1): the chances that the first 0..k drafts hold by all that is known now, of recent blocks and
@@ -138,7 +140,10 @@ class Experience:
         """
         for calibration in (self.calibration, self.lookup):
             calibration.learn()
-        recent = list(self._recent) or [[log_odds(FIRST_GUESS)] * self.masks]
+        recent = list(self._recent)[-WINDOW // 2 :] or [[log_odds(FIRST_GUESS)] * self.masks]
+        # A batch's last blocks are those of its surest texts' ends: half of them from all phases of it.
+        older = list(self._recent)[: -WINDOW // 2]
+        recent = older[:: 2 * len(older) // WINDOW or 1] + recent
         nothing: list[list[float]] = [[]] * len(recent)
         found = np.zeros((len(recent), self.masks + 1))
         for row, logits in zip(found, [*nothing, *self._found][-len(recent) :], strict=True):

@@ -14,6 +14,7 @@ LATEST = 64  # steps that count
 SPREAD, SLOPE = 0.1, 0.1  # of logarithms: usual deviation of a step, and of the power of the width
 SMALL = 0.03  # deviations below count as so large
 ROUNDS = 4  # of fitting
+DISTURBED = math.log(1.5)  # steps that take so much longer than usual count for nothing
 
 
 class Fit(NamedTuple):
@@ -38,7 +39,8 @@ class Correction:
     """Of one kind of step: seconds = seconds measured · factor · (width / usual width)^slope.
 
     Fitted to the latest steps by least absolute deviations, as the first steps of a layout and disturbances take far
-    longer. The slope is believed to be 0 until widths that differ tell another: a table measured while something else
+    longer; but what counts are means, so the factor is raised by what steps take beyond that on average: now and then
+    one has a solution of the planner's in it. The slope is believed to be 0 until widths that differ tell another: a table measured while something else
     kept the machine busy is too flat, not only too high.
     """
 
@@ -73,4 +75,5 @@ class Correction:
             second += SLOPE**-2
             determinant = total * second - first**2
             level, slope = (second * one - first * other) / determinant, (total * other - first * one) / determinant
-        return Fit(level, slope, usual)
+        beyond = shares - level - slope * away
+        return Fit(level + math.log(np.exp(beyond[beyond < DISTURBED]).mean()), slope, usual)

@@ -42,13 +42,15 @@ class Planner:
         self.masks = masks = experience.masks
         self.experience = experience
         self.shapes = shapes(masks)
-        # Of steps with neither drafts nor masks, with drafts alone, with masks.
-        self._corrections = Correction(PLAIN_TIMED), Correction(TIMED), Correction(TIMED)
+        # Of plain steps without planning, of planned ones with neither drafts nor masks, drafts alone, masks.
+        fewest = PLAIN_TIMED, PLAIN_TIMED, TIMED, TIMED
+        self._corrections = [Correction(count) for count in fewest]
         self._of_drafting = Correction(TIMED)  # of making drafts, by their number
         self._widths = np.arange(1.0, masks + 2)[:, None] + np.arange(masks * (masks + 1) + 1)  # by drafts and masks
         self.value = np.zeros(masks + 1)
         self._measured, self._drafting = costs.steps(masks), costs.drafting(masks)
         self._table, self.per_token = self._measured, float(self._measured[0, 0])
+        self.resting = self.per_token  # seconds of a plain step without planning
         self.sequences = self._solved_for = 1
         self.plain: Floats = self._measured[0, :1]  # (n,): seconds of a plain step of 1, 2, ... n sequences
         self._costs: Callable[[], Costs] | None = None  # that hold from now on
@@ -56,7 +58,8 @@ class Planner:
         self._correct_costs()
         self._weights = self._worth()
         self._solved = False
-        self._hangs_masks, self._pays, self._in_vain = False, True, 0
+        self._hangs_masks, self._pays = False, True
+        self._began_with, self._paid, self._in_vain = 1, True, 0  # sequences, while most were there, beginnings
         self._without_masks, self._probe_every = 0, PROBE_EVERY[0]
         self._until_solution, self._solve_every = 0, SOLVE_EVERY[0]
 
@@ -165,12 +168,13 @@ class Planner:
         return [int(self.shapes.starts[min(drafts, len(own) - 1)]) for own in reach]
 
     def begin_text(self) -> None:
-        """A new text may be of another kind: try masks at once if plain decoding seems best; after some texts in which
-        it did to their end, only in one of so many."""
-        self._in_vain = 0 if self._pays else self._in_vain + 1
+        """A new text, or a batch of them, may be of another kind: try masks at once if plain decoding seems best; after
+        some texts in which it did to their end, only at one of so many such beginnings."""
+        self._in_vain = 0 if self._paid else self._in_vain + 1
+        self._began_with = self.sequences
         self._probe_every = PROBE_EVERY[0]
         self.probe_soon()
-        if self._in_vain > TEXTS and self._in_vain % TEXTS:
+        if self._in_vain * self.sequences > TEXTS and self._in_vain % TEXTS:
             self._without_masks, self._probe_every = SETTLED, PROBE_RARER * PROBE_EVERY[0]
 
     def rests(self) -> bool:
@@ -188,7 +192,7 @@ class Planner:
     @property
     def gain(self) -> float:
         """Tokens that the time of a plain step promises to give, above one."""
-        return float(self._table[0, 0]) / self.per_token - 1
+        return self.resting / self.per_token - 1
 
     def probe_soon(self) -> None:
         """Hang masks at the next step, whether they seem worth it or not."""
@@ -206,23 +210,27 @@ class Planner:
         self._until_solution = SETTLED
         return True
 
-    def took(self, layout: Layout, seconds: float, drafts: int = 0, drafting: float = 0.0) -> None:
-        """A step of this layout took so long, `drafting` of it to make so many drafts."""
+    def took(
+        self, layout: Layout, seconds: float, drafts: int = 0, drafting: float = 0.0, resting: bool = False
+    ) -> None:
+        """A step of this layout took so long, `drafting` of it to make so many drafts; `resting`: it was not planned."""
         if drafts and self._drafting[drafts] > 0:
             self._of_drafting.took(drafts, drafting / self._drafting[drafts])
             seconds -= drafting
         expected = self.plain_seconds if layout.width == 1 else self._measured[layout.regular - 1, layout.masks]
-        kind = 2 if layout.masks else int(layout.regular > 1)
-        self._corrections[kind].took(layout.width if kind else self.sequences, seconds / expected)
+        kind = 0 if resting else 3 if layout.masks else 2 if layout.regular > 1 else 1
+        self._corrections[kind].took(layout.width if kind > 1 else self.sequences, seconds / expected)
 
     def _correct_costs(self) -> None:
-        """Plain steps, steps with drafts and steps with masks cost what they were measured to, corrected by what the
-        latest of them really took."""
+        """Steps of every kind cost what they were measured to, corrected by what the latest of them really took."""
         fits = [correction.fit() for correction in self._corrections]
         known = next(filter(None, fits), Fit(0.0, 0.0, 0.0))
         known = known._replace(level=max(known.level, 0.0), slope=0.0)  # busy machines slow all, idle ones not
-        plain, drafted, masked = (fit or known for fit in fits)
-        plain_seconds = self._measured[0, 0] * float(plain.at(self.sequences))
+        resting, planned, drafted, masked = fits
+        resting, planned = resting or planned or known, planned or resting or known
+        drafted, masked = drafted or known, masked or known
+        self.resting = self._measured[0, 0] * float(resting.at(self.sequences))
+        plain_seconds = max(self.resting, self._measured[0, 0] * float(planned.at(self.sequences)))
         scale = plain_seconds / self._table[0, 0]
         self.per_token, self.value = self.per_token * scale, self.value * scale  # as all costs change, so do these
         self._table = self._measured * masked.at(self._widths)
@@ -252,7 +260,9 @@ class Planner:
             if np.abs(before - np.append(self.value, self.per_token)).max() < CLOSE * self.per_token:
                 break
         self._weights = self._worth()
-        self._pays = self.per_token < PAYS * self._table[0, 0]
+        self._pays = self.per_token < PAYS * self.resting
+        if 2 * self.sequences > self._began_with:  # the last texts of a batch are no measure of the next one
+            self._paid = self._pays
         self._hangs_masks = bool((self.value + self.drafting).min() < 0)  # whether any block is worth its drafting
 
     def _improved(self, reach: Floats, found: Floats) -> tuple[NDArray[np.intp], Floats]:

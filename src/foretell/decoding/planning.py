@@ -56,7 +56,7 @@ def strategy_of(model: MTPModel, config: DecodeConfig, sequences: int) -> Strate
     of_model = _plannings.setdefault(model, {})
     planning = of_model.setdefault((*place, *drafting), Planning(model, config))
     planning.prepare(model, sequences)
-    planning.experience.begin_text()
+    planning.experience.begin_text(sequences)
     planning.planner(sequences).begin_text()
     planning.pause.begin_text(sequences)
     return Adaptive(planning.planner, planning.experience, config.lookup, pause=planning.pause)

@@ -171,7 +171,7 @@ class Adaptive:
             if self.pause is not None and not self.paused:
                 self.pause.began()
             return
-        self.planning.took(layout, seconds, self.made, drafting)
+        self.planning.took(layout, seconds, self.made, drafting, self.paused)
         if self.pause is not None:
             sequences, share = self.planning.sequences, seconds / self.planning.plain_seconds
             if self.paused:
