@@ -60,3 +60,22 @@ def test_a_planner_with_too_flat_a_table_learns_what_wide_steps_take() -> None:
     for drafts, masks in ((0, 4), (0, 8), (7, 8), (8, 16)):
         assert planner._table[drafts, masks] == pytest.approx(real(drafts + 1 + masks), rel=0.15)
     assert (np.diff(planner._table[:, 1:], axis=0) >= 0).all() and (np.diff(planner._table[:, 1:], axis=1) >= 0).all()
+
+
+def test_means_count_but_disturbances_do_not() -> None:
+    """Every fifth step has a solution of the planner's in it; every eighth met another process."""
+    correction = Correction(4)
+    for step in range(LATEST):
+        correction.took(9, 5.0 if step % 8 == 7 else 1.3 if step % 5 == 0 else 1.0)
+    fit = correction.fit()
+    undisturbed = [1.3 if step % 5 == 0 else 1.0 for step in range(LATEST) if step % 8 != 7]
+    assert fit is not None and fit.factor == pytest.approx(np.mean(undisturbed))
+
+
+def test_drafting_is_corrected_apart_from_steps() -> None:
+    planner = Planner(Costs({1: 2.0, 9: 3.0}, {2: 3.0, 81: 9.0}, {1: 1.0, 8: 1.0}), Experience(8))
+    step = planner._table[0, 8]
+    for _ in range(LATEST):
+        planner.took(Layout(1, (Block(0, 8),)), step + 2.0, drafts=8, drafting=2.0)
+    planner.solve()
+    assert planner._table[0, 8] == pytest.approx(step) and planner.drafting[8] == pytest.approx(2.0)

@@ -286,3 +286,21 @@ def test_adaptive_decoding_changes_nothing() -> None:
         prompt = random_prompt(length)
         expected = reference(model.base.lm, prompt, 60)
         assert model.generate(input_ids=prompt, max_new_tokens=60, strategy="adaptive").token_ids == expected
+
+
+def test_plans_must_beat_plain_steps_that_nobody_plans() -> None:
+    """Masks seem to pay beside plain steps with planning, drafts looked for and all, but not beside those at rest."""
+    experience = Experience(8)
+    for _ in range(32):
+        experience.made([0.6] * 8)
+    planner = Planner(Costs({1: 2.0, 9: 2.6}, {2: 3.0, 81: 30.0}, {8: 0.2}), experience)
+    for _ in range(64):
+        planner.took(plain(), 2.0)
+    planner.solve()
+    assert planner.per_token < 2.0 and planner.gain > 0
+    (before,) = planner.layouts([[1.0]], [1000])
+    for _ in range(64):
+        planner.took(plain(), 1.0, resting=True)
+    planner.solve()
+    (after,) = planner.layouts([[1.0]], [1000])
+    assert before.masks and after == plain() and planner.gain < 0

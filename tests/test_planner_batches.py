@@ -163,3 +163,37 @@ def test_a_solution_is_scaled_to_fewer_sequences_and_soon_renewed() -> None:
     assert planner.per_token == pytest.approx(before / 4) and planner.value == pytest.approx(value / 4)
     planner.solve()
     assert planner.per_token == pytest.approx(before / 4)
+
+
+def test_blocks_of_a_batch_are_of_all_its_phases() -> None:
+    """The last of its texts, decoded alone, says as much about the next batch as all that came before, not more."""
+    experience = Experience(4)
+    experience.begin_text(16)
+    for confidence, steps in ((0.1, 16 * 20), (0.9, 100)):
+        for _ in range(steps):
+            experience.made([confidence] * 4)
+    first = experience.recent_reach()[0][:, 1]
+    assert len(first) <= 32 + 1 and np.isclose(first, 0.9).mean() == pytest.approx(0.5 + 0.5 * 84 / 404, abs=0.05)
+    experience.begin_text(1)
+    assert np.allclose(experience.recent_reach()[0][:, 1], 0.9)  # of one text the latest blocks
+
+
+@pytest.mark.parametrize("sequences, beginnings", [(1, 4), (4, 1), (16, 1)])
+def test_texts_in_vain_are_counted_not_batches(sequences: int, beginnings: int) -> None:
+    """After four texts in which nothing paid the next does not begin with masks."""
+    experience = Experience(8)
+    tables = {size: noisy_costs(8, COSTS["135M"], 0.0, np.random.default_rng(0)) for size in (1, 16)}
+    planner = Planner(tables[1], experience)
+    for number in range(beginnings + 2):
+        experience.begin_text(sequences)
+        planner.reprice(lambda: of_batch(tables, sequences), plain_steps(tables, sequences))
+        planner.begin_text()
+        for step in range(12):
+            if sequences > 1 and planner.rests():
+                continue
+            layouts = planner.layouts([[1.0]] * sequences, [100] * sequences)
+            if step == 0:
+                assert bool(layouts[0].masks) == (number <= beginnings - 1 or number % 4 == 0), number
+            for layout in layouts:
+                if layout.masks:
+                    experience.made([0.01] * layout.masks)

@@ -39,9 +39,9 @@ class Correction:
     """Of one kind of step: seconds = seconds measured · factor · (width / usual width)^slope.
 
     Fitted to the latest steps by least absolute deviations, as the first steps of a layout and disturbances take far
-    longer; but what counts are means, so the factor is raised by what steps take beyond that on average: now and then
-    one has a solution of the planner's in it. The slope is believed to be 0 until widths that differ tell another: a table measured while something else
-    kept the machine busy is too flat, not only too high.
+    longer. What counts is what steps take on average, so the factor is raised by what they take beyond the usual: now
+    and then the planner solves its problem in one. The slope is believed to be 0 until widths that differ tell another:
+    a table measured while something else kept the machine busy is too flat, not only too high.
     """
 
     def __init__(self, fewest: int) -> None:

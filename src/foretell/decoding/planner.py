@@ -107,7 +107,10 @@ class Planner:
             self._solve_every = min(2 * self._solve_every, SOLVE_EVERY[1])
             self.solve()
         self._until_solution -= 1
-        chosen = [self._best(reach[0])] if len(reach) == 1 else self._best_together(reach, urgency)
+        if not self._pays:
+            chosen = self._drafts_alone(reach, self._gained(reach, urgency))
+        else:
+            chosen = [self._best(reach[0])] if len(reach) == 1 else self._best_together(reach, urgency)
         if not self._probe(any(self.shapes.hung[index] for index in chosen)):
             return [self.shapes.layouts[index] for index in chosen]
         most = max(FEWEST_PROBED, PROBE_MASKS // self.sequences)  # of many sequences fewer tell as much
@@ -156,10 +159,10 @@ class Planner:
 
     def _gained(self, reach: Sequence[Sequence[float]], urgency: Sequence[float]) -> list[float]:
         """What verifying up to 0, 1, ... drafts gains, for the tokens that may be expected to hold."""
-        gained = [0.0]
+        gained, worth = [0.0], min(self.per_token, self.resting)
         for r in range(1, max(map(len, reach))):
             held = sum(weight * own[r] for own, weight in zip(reach, urgency, strict=True) if len(own) > r)
-            gained.append(gained[-1] + held * self.per_token / len(reach))
+            gained.append(gained[-1] + held * worth / len(reach))
         return gained
 
     def _drafts_alone(self, reach: Sequence[Sequence[float]], gained: Sequence[float]) -> list[int]:
@@ -174,7 +177,7 @@ class Planner:
         self._began_with = self.sequences
         self._probe_every = PROBE_EVERY[0]
         self.probe_soon()
-        if self._in_vain * self.sequences > TEXTS and self._in_vain % TEXTS:
+        if self._in_vain * self.sequences >= TEXTS and self._in_vain % TEXTS:
             self._without_masks, self._probe_every = SETTLED, PROBE_RARER * PROBE_EVERY[0]
 
     def rests(self) -> bool:
@@ -213,7 +216,7 @@ class Planner:
     def took(
         self, layout: Layout, seconds: float, drafts: int = 0, drafting: float = 0.0, resting: bool = False
     ) -> None:
-        """A step of this layout took so long, `drafting` of it to make so many drafts; `resting`: it was not planned."""
+        """A step of this layout took so long, `drafting` of it for so many drafts; `resting`: nothing was planned."""
         if drafts and self._drafting[drafts] > 0:
             self._of_drafting.took(drafts, drafting / self._drafting[drafts])
             seconds -= drafting
