@@ -11,7 +11,7 @@ import torch
 
 from foretell.decoding.calibration import Experience
 from foretell.decoding.pausing import FIRST, IN_NEW_TEXT, PAUSES, RENEWED, WOKEN_BY, Batch, Pause
-from foretell.decoding.planner import SETTLED, TEXTS, Planner
+from foretell.decoding.planner import SETTLED, TEXTS, TOO_LATE, Planner
 from foretell.decoding.strategies import Adaptive, Running
 from foretell.evaluation.optimum import by_width
 from foretell.evaluation.simulation import noisy_costs
@@ -234,6 +234,22 @@ def test_one_sequence_rests_but_for_the_drafts_of_its_text(monkeypatch: pytest.M
         strategy.decided(row, held)
         row.text += held
     assert not solutions
+
+
+def test_one_sequence_without_lookup_rests_from_everything() -> None:
+    strategy, planner = planless(0.02)
+    strategy.lookup = False
+    kinds = course_of(strategy, planner, 300, 0.02, sequences=1)
+    assert kinds[0] == "masks" and kinds.count("rest") > 250
+
+
+def test_nothing_is_tried_at_the_end_of_a_text() -> None:
+    _, planner = planless(0.02)
+    planner.solve()
+    for remaining, tries in ((TOO_LATE, False), (TOO_LATE + 1, True)):
+        planner.probe_soon()
+        (layout,) = planner.layouts([[1.0]], [remaining])
+        assert bool(layout.masks) is tries
 
 
 def test_what_promises_to_pay_is_planned() -> None:

@@ -23,6 +23,7 @@ PLAIN_TIMED, TIMED = 4, 6  # steps that correct the costs of their kind, at leas
 PROBE_EVERY = (8, 256)  # steps without masks before some are tried again, `PROBE_RARER` times as many while in vain
 PROBE_RARER = 8
 PROBE_MASKS, FEWEST_PROBED = 4, 2  # the first drafts tell most
+TOO_LATE = 8  # tokens that a text may still get in which nothing is tried any more
 PAYS = 0.97  # plain steps that a token must cost less than for anything else to be worth its trouble
 SETTLED = 4  # steps after which the fate of what was tried is known
 TEXTS = 4  # in a row in which nothing paid, after which only one of so many begins with masks
@@ -95,9 +96,11 @@ class Planner:
         self._price()
         reach = [own[:left] for own, left in zip(reach, remaining, strict=True)]
         urgency = urgency or [1.0] * len(reach)
-        if len(reach) == 1 and self.rests():
+        if len(reach) == 1 and self.rests(remaining[0]):
             if self._without_masks % SOLVE_EVERY[1] == 0:
                 self.experience.lookup.learn()
+            if len(reach[0]) == 1:  # no drafts at hand: most steps of a text at rest
+                return [self.shapes.layouts[0]]
             return [self.shapes.layouts[index] for index in self._drafts_alone(reach, self._gained(reach, urgency))]
         apart = max(self.sequences, self._solved_for) / min(self.sequences, self._solved_for)
         if apart >= APART and max(remaining) > SHORT:
@@ -111,7 +114,7 @@ class Planner:
             chosen = self._drafts_alone(reach, self._gained(reach, urgency))
         else:
             chosen = [self._best(reach[0])] if len(reach) == 1 else self._best_together(reach, urgency)
-        if not self._probe(any(self.shapes.hung[index] for index in chosen)):
+        if not self._probe(any(self.shapes.hung[index] for index in chosen), max(remaining)):
             return [self.shapes.layouts[index] for index in chosen]
         most = max(FEWEST_PROBED, PROBE_MASKS // self.sequences)  # of many sequences fewer tell as much
         return [Layout(1, (Block(0, min(most, self.masks)),))] * len(chosen)
@@ -180,10 +183,12 @@ class Planner:
         if self._in_vain * self.sequences >= TEXTS and self._in_vain % TEXTS:
             self._without_masks, self._probe_every = SETTLED, PROBE_RARER * PROBE_EVERY[0]
 
-    def rests(self) -> bool:
-        """Whether neither planning nor masks promise to pay at the next step, nor is it time to try some; to be asked
-        once before each step, which `layouts` does of one sequence."""
-        if self._pays or self._without_masks < SETTLED or self._without_masks + 1 >= self._probe_every:
+    def rests(self, remaining: int) -> bool:
+        """Whether neither planning nor masks promise to pay at the next step, nor is it time to try some, where a text
+        may still get so many tokens; to be asked once before each step, which `layouts` does of one sequence."""
+        if self._pays or self._without_masks < SETTLED:
+            return False
+        if self._without_masks + 1 >= self._probe_every and remaining > TOO_LATE:
             return False
         self._without_masks += 1
         return True
@@ -201,13 +206,13 @@ class Planner:
         """Hang masks at the next step, whether they seem worth it or not."""
         self._without_masks = self._probe_every
 
-    def _probe(self, masks: bool) -> bool:
+    def _probe(self, masks: bool, remaining: int) -> bool:
         """Whether to hang masks although plain decoding seems best: what is never tried is never seen to get better."""
         if masks:
             self._without_masks, self._probe_every = 0, PROBE_EVERY[0]
             return False
         self._without_masks += 1
-        if self._without_masks < self._probe_every:
+        if self._without_masks < self._probe_every or remaining <= TOO_LATE:
             return False
         self._without_masks, self._probe_every = 0, min(PROBE_RARER * self._probe_every, PROBE_EVERY[1])
         self._until_solution = SETTLED

@@ -188,7 +188,8 @@ class Adaptive:
         if self.pause.ended:
             planner.probe_soon()
         # One sequence goes on with the text's own drafts, which cost it next to nothing.
-        if not (paused or (len(running) > 1 and planner.rests())):
+        whole = len(running) > 1 or not self.lookup
+        if not (paused or (whole and planner.rests(max(row.remaining for row in running)))):
             return False
         if self._foretold(running):
             planner.wake()
