@@ -222,7 +222,7 @@ class Planner:
         self, layout: Layout, seconds: float, drafts: int = 0, drafting: float = 0.0, resting: bool = False
     ) -> None:
         """A step of this layout took so long, `drafting` of it for so many drafts; `resting`: nothing was planned."""
-        if drafts and self._drafting[drafts] > 0:
+        if drafting > 0 and self._drafting[drafts] > 0:
             self._of_drafting.took(drafts, drafting / self._drafting[drafts])
             seconds -= drafting
         expected = self.plain_seconds if layout.width == 1 else self._measured[layout.regular - 1, layout.masks]
