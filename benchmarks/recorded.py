@@ -2,7 +2,7 @@
 
 Texts of the embedded model are decoded plainly once, with a block of drafts and its confidences recorded at every
 place. On them the strategies then run as they are, against a clock that adds up what their steps took on one machine,
-so that a change of the planner shows within a percent in a minute, on a machine as busy as it likes. Writes one JSON
+so that a change of the planner shows within a percent in two minutes, on a machine as busy as it likes. Writes one JSON
 file.
 """
 
