@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import foretell
+from foretell import base as base_module
 from foretell import packed as packed_module
 from foretell.base import Base
 from foretell.config import STRATEGIES, MTPConfig
@@ -17,6 +18,7 @@ from foretell.decoding.generate import MTPForCausalLM
 from foretell.errors import ForetellError
 from foretell.gated_lora import GatedLoRA, LowRank, Target
 from foretell.packed import PackedLinear, pack, why_not
+from foretell.packed_rows import PackedEmbedding
 
 from .decoded import decode
 from .models import CONFIGS, random_prompt, reference, tiny_lm, tiny_model
@@ -48,11 +50,16 @@ def blocked(model: nn.Module) -> set[bool]:
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))
-def test_every_architecture_writes_what_it_wrote_before(name: str) -> None:
+def test_every_architecture_writes_what_it_wrote_before(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_module, "pays", lambda d_out, d_in, dtype: True)
+    monkeypatch.setattr(base_module, "LARGE_UNEMBEDDING", 0)
     model = packed_model(name)
     assert blocked(model) == {True}
     kinds = [type(module) for module in model.base.lm.modules()]
     assert PackedLinear in kinds and nn.Linear not in kinds
+    # Of the unembedding's numbers none are there twice.
+    assert (PackedEmbedding in kinds) == bool(model.base.text_config.tie_word_embeddings)
+    assert isinstance(model.base.head, PackedLinear) and model.base.head.kept is None
     check_texts(model, name)
 
 

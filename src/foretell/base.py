@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import Cache, PreTrainedModel
 
 from foretell import quantised
@@ -19,9 +20,11 @@ from foretell.errors import ForetellError, reason_of
 from foretell.grouped_attention import can_group, grouped
 from foretell.lean import LeanSteps, make_of
 from foretell.mapped import give_back, separate
-from foretell.packed import pack, why_not
+from foretell.packed import PackedLinear, pack, why_not
+from foretell.packed_rows import PackedEmbedding, rows_of
 
 CONFIG_FILE = "foretell.json"  # of a model of ours
+LARGE_UNEMBEDDING = 2**24  # bytes, from which it is not there twice: rows take longer to read out of oneDNN's blocks
 CACHE_ARGUMENTS = ("cache", "past_key_values")  # what a decoder calls it since transformers 5.24, and before
 
 
@@ -50,7 +53,7 @@ class Base(nn.Module):
         # GPT-Neo's attention has a table of that many columns, which mask rows take up as well.
         self.max_columns = self.max_positions if self.text_config.model_type == "gpt_neo" else None
         self._groups = can_group(lm)
-        self._fingerprint: str | None = None
+        self._fingerprints: tuple[str, str] | None = None
         self._statistics: tuple[Tensor, float] | None = None
         self._load_again: Callable[[], PreTrainedModel] | None = None  # once its linears are packed
         self._unpacked: PreTrainedModel | None = None
@@ -72,27 +75,49 @@ class Base(nn.Module):
     def pack(self, load_again: Callable[[], PreTrainedModel]) -> None:
         """Lays the weights of its linears out as oneDNN likes them: several times faster steps on a CPU, forward only.
 
-        The unembedding keeps its weight too: in the file that it was loaded from, if it has the file's dtype, else in
-        memory. `load_again` gives the model as it is now, should anyone ask (`unpacked`).
+        Of the unembedding single rows are read, too, and by a tied embedding: out of oneDNN's blocks where that can be,
+        else its weight is kept: in the file that it was loaded from, if it has the file's dtype, else in memory.
+        `load_again` gives the model as it is now, should anyone ask (`unpacked`).
         Raises ForetellError where there is no oneDNN or it gives other products.
         """
         if reason := why_not(self.device, self.dtype):
             raise ForetellError(f"the linears can't be packed: {reason}; leave out packed")
-        self.keep_fingerprint()  # which reads the weights
+        self.keep_fingerprints()  # which reads the weights
         self._statistics = self.embedding_statistics()
         probe = torch.arange(4, device=self.device)[None] % self.vocab_size
         before = self.unembed(self.latents(self.embed(probe))).float()
         pack(self.lm, lambda: self.latents(self.embed(probe)), kept=self.head)
         self.head = self.lm.get_output_embeddings()
+        self._give_up_unembedding()
         self._load_again = load_again
         error = (self.unembed(self.latents(self.embed(probe))).float() - before).abs().max() / before.abs().max()
         if not error < (1e-4 if self.dtype == torch.float32 else 0.1):
             raise ForetellError(
                 f"packed linears changed the logits by {float(error):.1e} of their range; load it with packed=False"
             )
-        separate([*self.lm.parameters(), self.head.weight])  # of what is left, only rows are read
+        kept = self.head.kept if isinstance(self.head, PackedLinear) else None
+        separate([*self.lm.parameters(), *([] if kept is None else [kept])])  # of what is left, only rows are read
         give_back()
         self.lean = make_of(self)
+
+    def _give_up_unembedding(self) -> None:
+        """Drops the weight that the packed unembedding kept, and with it a tied embedding's, where the rows of both can
+        be read out of the packed one."""
+        head, embedding = self.head, self.embedding
+        if not isinstance(head, PackedLinear) or head.kept is None or not head.product.blocked:
+            return
+        if head.kept.nbytes < LARGE_UNEMBEDDING or (rows := rows_of(head.product.weight, head.kept)) is None:
+            return
+        tied, head.read = embedding.weight is head.kept, rows
+        if tied:
+            scale = getattr(embedding, "embed_scale", None)
+            self.embedding = PackedEmbedding(head, scale if isinstance(scale, Tensor) else None)
+            probe = torch.arange(0, self.vocab_size, max(1, self.vocab_size // 64))
+            if not torch.equal(self.embedding(probe), embedding(probe)):  # it does more than look up
+                self.embedding, head.read = embedding, None
+                return
+            self.lm.set_input_embeddings(self.embedding)
+        head.kept = None
 
     def unpacked(self) -> PreTrainedModel:
         """The model as transformers loads it, to compare with: itself, or, if its linears are packed, loaded again."""
@@ -104,7 +129,7 @@ class Base(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.head.weight.device
+        return torch.device("cpu") if isinstance(self.head, PackedLinear) else self.head.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -156,6 +181,10 @@ class Base(nn.Module):
         finally:
             self._by_modules = before
 
+    def unembedding_rows(self, ids: Tensor) -> Tensor:
+        """(...,) int64 -> (..., D): the rows of the unembedding that score these tokens."""
+        return self.head.rows(ids) if isinstance(self.head, PackedLinear) else F.embedding(ids, self.head.weight)
+
     def unembed(self, latents: Tensor) -> Tensor:
         """(..., D) -> logits (..., V), with the scale or soft cap of those bases that have one."""
         # A product with a slice of more dimensions than two takes the slow way on a CPU in bfloat16: 16 times as long.
@@ -197,17 +226,19 @@ class Base(nn.Module):
 
         Samples are rounded to bfloat16, so that the same weights loaded in another precision keep their fingerprint.
         """
-        return self._fingerprint or _digest(dict(self.lm.named_parameters()))
+        return self._fingerprints[0] if self._fingerprints else _digest(dict(self.lm.named_parameters()))
 
-    def keep_fingerprint(self) -> None:
-        """Remembers it, before the weights are laid out in another way."""
-        self._fingerprint = self.fingerprint()
+    def keep_fingerprints(self) -> None:
+        """Remembers both, before the weights are laid out in another way."""
+        self._fingerprints = self.fingerprint(), self.unquantised_fingerprint()
 
     def unquantised_fingerprint(self) -> str:
         """The same over what quantisation leaves alone: embeddings, and vectors outside the blocks.
 
         By it a quantised base is known as the full one's; a fine-tune of the blocks alone is not told apart.
         """
+        if self._fingerprints:
+            return self._fingerprints[1]
         inside = {id(p) for p in self.blocks.parameters()}
         own = {name: p for name, p in self.lm.named_parameters() if id(p) not in inside}
         return _digest({name: p for name, p in own.items() if p.ndim == 1 or p is self.embedding.weight})

@@ -177,14 +177,19 @@ class PackedLinear(nn.Module):
     """x (..., d_in) -> x W^T + bias (..., d_out), forward only; instead of an nn.Linear or GPT-2's Conv1D.
 
     It is linear number `index` of a product. With `keep` the weight stays beside its packed copy: for an embedding tied
-    to it, and to read single rows of.
+    to it, and to read single rows of, unless `read` can read them out of the copy.
     """
 
     def __init__(self, product: PackedProduct, index: int, in_features: int, keep: Tensor | None = None) -> None:
         super().__init__()
         # Plain attributes: state dicts and `.to()` know no packed tensors.
         self.product, self.index, self.kept = product, index, keep
+        self.read: Callable[[Tensor], Tensor] | None = None
         self.in_features, self.out_features = in_features, product.sizes[index]
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """ids (...,) int64 -> those rows of the weight, (..., d_in)."""
+        return F.embedding(ids, self.weight) if self.read is None else self.read(ids)
 
     @property
     def weight(self) -> Tensor:

@@ -200,7 +200,7 @@ class Shortlist:
     def __init__(self, model: MTPModel, logits: Tensor, m: int) -> None:
         """logits (N, V)."""
         self.tokens = logits.topk(min(m, model.base.vocab_size), sorted=False).indices  # (N, m)
-        self.rows = nn.functional.embedding(self.tokens, model.base.head.weight)  # (N, m, D)
+        self.rows = model.base.unembedding_rows(self.tokens)  # (N, m, D)
         self.bias = None if model.base.head.bias is None else model.base.head.bias[self.tokens]
 
     def scores(self, sampled: Tensor, numbers: Tensor | None) -> Tensor:

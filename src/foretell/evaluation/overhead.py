@@ -247,9 +247,10 @@ def adapter_seconds(model: MTPModel, masks: int, context: int, rounds: int) -> f
 
 def held_bytes(base: Base) -> int:
     """What its weights take in memory now; of those that are mapped, the pages that were read."""
-    linears = (m for m in base.modules() if isinstance(m, PackedLinear) and m.product.weight is not m.kept)
-    packed = sum(m.in_features * m.out_features for m in linears)
-    weights = {id(weight): weight for weight in (*base.parameters(), base.head.weight)}.values()
+    linears = [m for m in base.modules() if isinstance(m, PackedLinear)]
+    packed = sum(m.in_features * m.out_features for m in linears if m.product.weight is not m.kept)
+    kept = [m.kept for m in linears if m.kept is not None]
+    weights = {id(weight): weight for weight in (*base.parameters(), *kept)}.values()
     size, there = mapped.resident(weights)
     return sum(weight.nbytes for weight in weights) - size + there + packed * base.dtype.itemsize
 

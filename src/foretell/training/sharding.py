@@ -24,7 +24,7 @@ def shard_base(model: MTPModel, place: PartialState) -> None:
         raise ForetellError("shard_base needs several processes; start with `accelerate launch`, or leave it out")
     if model.base.quantised != "none":
         raise ForetellError("a quantised base can't be sharded; leave out shard_base or quantise")
-    model.base.keep_fingerprint()  # no process holds all weights from here on
+    model.base.keep_fingerprints()  # no process holds all weights from here on
     mesh = init_device_mesh(place.device.type, (place.num_processes,))
     for block in model.base.blocks:
         fully_shard(block, mesh=mesh)
