@@ -35,7 +35,7 @@ from foretell.evaluation.baselines import huggingface_generate
 from foretell.evaluation.optimum import Cost, DraftCost, by_width, fixed_rate, optimum
 from foretell.evaluation.replay import ReplayDrafter
 from foretell.evaluation.report import Spread, environment
-from foretell.evaluation.shapes import SHAPES, random_model
+from foretell.evaluation.random_models import SHAPES, random_model
 from foretell.evaluation.step_cost import StepBench, now, strategy_layouts
 
 RESULTS = Path(__file__).parent / "results"

@@ -25,7 +25,7 @@ from foretell.decoding.generate import MTPForCausalLM
 from foretell.errors import ForetellError
 from foretell.evaluation.overhead import Overhead, overhead
 from foretell.evaluation.report import environment
-from foretell.evaluation.shapes import SHAPES, random_model
+from foretell.evaluation.random_models import SHAPES, random_model
 from foretell.evaluation.step_cost import StepBench, strategy_layouts
 
 RESULTS = Path(__file__).parent / "results"

@@ -26,7 +26,7 @@ from foretell.base import Base, resolve_device
 from foretell.checkpoint import write_text
 from foretell.config import DTYPES, MTPConfig, TrainConfig
 from foretell.errors import ForetellError
-from foretell.evaluation.shapes import SHAPES, random_llama
+from foretell.evaluation.random_models import SHAPES, random_llama
 from foretell.grouped_attention import grouped
 from foretell.hardware import device_name
 from foretell.model import MTPModel
