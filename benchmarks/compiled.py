@@ -27,8 +27,8 @@ from foretell.errors import ForetellError
 from foretell.evaluation.measure import count, encode_prompts, run
 from foretell.evaluation.methods import ADAPTIVE, AUTOREGRESSIVE, HUGGINGFACE, Method
 from foretell.evaluation.prompts import load_prompts
-from foretell.evaluation.report import environment
 from foretell.evaluation.random_models import SHAPES, random_model
+from foretell.evaluation.report import environment
 from foretell.evaluation.step_cost import StepBench, alternate
 from foretell.layout import linear, plain, quadratic
 

@@ -33,9 +33,9 @@ from foretell.errors import ForetellError
 from foretell.evaluation.acceptance_profiles import ACCEPTANCE, Profile, named_profile
 from foretell.evaluation.baselines import huggingface_generate
 from foretell.evaluation.optimum import Cost, DraftCost, by_width, fixed_rate, optimum
+from foretell.evaluation.random_models import SHAPES, random_model
 from foretell.evaluation.replay import ReplayDrafter
 from foretell.evaluation.report import Spread, environment
-from foretell.evaluation.random_models import SHAPES, random_model
 from foretell.evaluation.step_cost import StepBench, now, strategy_layouts
 
 RESULTS = Path(__file__).parent / "results"

@@ -24,8 +24,8 @@ from foretell.decoding.compiling import compile_steps
 from foretell.decoding.generate import MTPForCausalLM
 from foretell.errors import ForetellError
 from foretell.evaluation.overhead import Overhead, overhead
-from foretell.evaluation.report import environment
 from foretell.evaluation.random_models import SHAPES, random_model
+from foretell.evaluation.report import environment
 from foretell.evaluation.step_cost import StepBench, strategy_layouts
 
 RESULTS = Path(__file__).parent / "results"

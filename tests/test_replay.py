@@ -14,9 +14,9 @@ from foretell.decoding.pick import Picker
 from foretell.errors import ForetellError
 from foretell.evaluation.optimum import fixed_rate
 from foretell.evaluation.overhead import held_bytes, memory, overhead
+from foretell.evaluation.random_models import random_model
 from foretell.evaluation.replay import ReplayDrafter, fates, true_drafts
 from foretell.evaluation.report import Spread
-from foretell.evaluation.random_models import random_model
 from foretell.evaluation.step_cost import PLAIN, StepBench, alternate, strategy_layouts, timings, verify
 from tests.models import random_prompt, tiny_model
 
