@@ -60,6 +60,7 @@ class Planner:
         self._weights = self._worth()
         self._solved = False
         self._hangs_masks, self._pays = False, True
+        self.rested = False  # what `rests` said last
         self._began_with, self._paid, self._in_vain = 1, True, 0  # sequences, while most were there, beginnings
         self._without_masks, self._probe_every = 0, PROBE_EVERY[0]
         self._until_solution, self._solve_every = 0, SOLVE_EVERY[0]
@@ -186,12 +187,10 @@ class Planner:
     def rests(self, remaining: int) -> bool:
         """Whether neither planning nor masks promise to pay at the next step, nor is it time to try some, where a text
         may still get so many tokens; to be asked once before each step, which `layouts` does of one sequence."""
-        if self._pays or self._without_masks < SETTLED:
-            return False
-        if self._without_masks + 1 >= self._probe_every and remaining > TOO_LATE:
-            return False
-        self._without_masks += 1
-        return True
+        due = self._without_masks + 1 >= self._probe_every and remaining > TOO_LATE
+        self.rested = not self._pays and self._without_masks >= SETTLED and not due
+        self._without_masks += self.rested
+        return self.rested
 
     def wake(self) -> None:
         """There are signs that other steps pay now."""
@@ -237,8 +236,9 @@ class Planner:
         resting, planned, drafted, masked = fits
         resting, planned = resting or planned or known, planned or resting or known
         drafted, masked = drafted or known, masked or known
-        self.resting = self._measured[0, 0] * float(resting.at(self.sequences))
-        plain_seconds = max(self.resting, self._measured[0, 0] * float(planned.at(self.sequences)))
+        plain_seconds = self._measured[0, 0] * float(planned.at(self.sequences))
+        # Planning costs nothing less; steps at rest come behind prompts and trials more often.
+        self.resting = min(plain_seconds, self._measured[0, 0] * float(resting.at(self.sequences)))
         scale = plain_seconds / self._table[0, 0]
         self.per_token, self.value = self.per_token * scale, self.value * scale  # as all costs change, so do these
         self._table = self._measured * masked.at(self._widths)

@@ -17,6 +17,8 @@ from foretell.decoding.planner import Planner
 from foretell.layout import Block, Layout, linear, plain, quadratic
 
 MARGIN = 1.15  # by which the text's own drafts must promise more than those of the masks: the better guess flatters
+WATCHED = 4  # sequences of a batch that are watched while it rests: each of their tokens costs a microsecond
+HEARD = 4  # of so many plain steps at rest one tells what they take: a small model's step costs a hundred times as much
 
 
 @dataclass
@@ -109,6 +111,7 @@ class Adaptive:
     gained: float = 0.0  # tokens of the last step, weighted so
     sequences: int = 0  # in the last step
     batch: Batch | None = None  # if all texts began together and no others wait
+    quiet: int = 0  # plain steps that rested
     watched: int = 0  # sequences, in pauses
     foretold: int = 0  # times in a row that a watched one had said what the text foretold
 
@@ -167,6 +170,10 @@ class Adaptive:
     def took(self, layout: Layout, seconds: float | None, drafting: float = 0.0) -> None:
         if self.planning is None:
             return
+        if layout.width == 1 and self.planning.rested and self.pause is not None and not self.pause.active:
+            self.quiet += 1
+            if self.quiet % HEARD:
+                return
         if seconds is None:
             if self.pause is not None and not self.paused:
                 self.pause.began()
@@ -201,7 +208,7 @@ class Adaptive:
         if not self.lookup or self.pause is None:
             return False
         self.watched += 1
-        row = running[self.watched % len(running)]
+        row = running[self.watched % min(len(running), WATCHED)]
         index = self.texts.setdefault(row.sequence, TextLookup())
         index.find(row.text, 1)
         self.foretold = self.foretold + 1 if index.run else 0
