@@ -7,7 +7,7 @@ import pytest
 
 from foretell.decoding.calibration import Experience
 from foretell.decoding.costs import Costs, of_batch, plain_steps
-from foretell.decoding.planner import Planner, means
+from foretell.decoding.planner import RARELY, SETTLED, SHORT, Planner, means
 from foretell.evaluation.simulation import noisy_costs
 from foretell.layout import plain
 
@@ -178,6 +178,32 @@ def test_blocks_of_a_batch_are_of_all_its_phases() -> None:
     assert np.allclose(experience.recent_reach()[0][:, 1], 0.9)  # of one text the latest blocks
 
 
+@pytest.mark.parametrize(("left", "tried"), [(50, True), (SHORT, False)])
+def test_a_batch_at_rest_that_thins_out_is_solved_for_again(left: int, tried: bool) -> None:
+    """Masks are worth nothing to four sequences and much to two, if there is time left."""
+    tables = {
+        1: Costs(regular={1: 1.0, 9: 1.1}, masked={2: 1.1, 25: 1.5, 81: 3.0}, drafts={8: 0.05}),
+        2: Costs(regular={1: 1.2, 9: 1.3}, masked={2: 1.3, 25: 2.0, 81: 4.0}, drafts={8: 0.05}),
+        4: Costs(regular={1: 1.5, 9: 12.0}, masked={2: 12.0, 81: 60.0}, drafts={8: 0.1}),
+    }
+    experience = Experience(8)
+    for _ in range(32):
+        experience.made([0.9] * 8)
+    planner = Planner(tables[1], experience)
+    planner.reprice(lambda: tables[4], plain_steps(tables, 4))
+    planner.solve()
+    assert not planner.layouts([[1.0]] * 4, [100] * 4)[0].masks
+    for _ in range(SETTLED):
+        planner.layouts([[1.0]] * 4, [100] * 4)
+    assert planner.rests(100)
+    planner.reprice(lambda: tables[2], plain_steps(tables, 2))
+    assert planner.rests(left) != tried
+    if tried:
+        assert planner.layouts([[1.0]] * 2, [left] * 2)[0].masks
+        planner.reprice(lambda: tables[4], plain_steps(tables, 4))
+        assert not planner.rests(100)
+
+
 @pytest.mark.parametrize("sequences, beginnings", [(1, 4), (4, 1), (16, 1)])
 def test_texts_in_vain_are_counted_not_batches(sequences: int, beginnings: int) -> None:
     """After four texts in which nothing paid the next does not begin with masks."""
@@ -193,7 +219,7 @@ def test_texts_in_vain_are_counted_not_batches(sequences: int, beginnings: int) 
                 continue
             layouts = planner.layouts([[1.0]] * sequences, [100] * sequences)
             if step == 0:
-                assert bool(layouts[0].masks) == (number <= beginnings - 1 or number % 4 == 0), number
+                assert bool(layouts[0].masks) == (number <= beginnings - 1 or number % RARELY == 0), number
             for layout in layouts:
                 if layout.masks:
                     experience.made([0.01] * layout.masks)

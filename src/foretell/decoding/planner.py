@@ -17,7 +17,7 @@ from foretell.layout import Block, Layout
 FIRST_ROUNDS, ROUNDS = 10, 2  # of policy iteration, at most: from nothing, and from the last solution
 CLOSE = 0.01  # tokens: a round that changes less is the last
 ENDS = 1e-3  # chance that drafts at hand are lost, as by the end of the text: what would go on for ever has a value
-SOLVE_EVERY = (8, 32)  # steps between solutions, doubling from the first to the second; of several sequences fewer
+SOLVE_EVERY = (8, 32)  # steps between solutions, doubling from the first to the second
 APART, SHORT = 2, 16  # a solution for so many times as many sequences won't do, unless so few tokens are left
 PLAIN_TIMED, TIMED = 4, 6  # steps that correct the costs of their kind, at least: plain ones are all alike
 PROBE_EVERY = (8, 256)  # steps without masks before some are tried again, `PROBE_RARER` times as many while in vain
@@ -26,7 +26,7 @@ PROBE_MASKS, FEWEST_PROBED = 4, 2  # the first drafts tell most
 TOO_LATE = 8  # tokens that a text may still get in which nothing is tried any more
 PAYS = 0.97  # plain steps that a token must cost less than for anything else to be worth its trouble
 SETTLED = 4  # steps after which the fate of what was tried is known
-TEXTS = 4  # in a row in which nothing paid, after which only one of so many begins with masks
+TEXTS, RARELY = 4, 8  # in a row in which nothing paid, after which only one of so many begins with masks
 
 
 class Planner:
@@ -103,9 +103,8 @@ class Planner:
             if len(reach[0]) == 1:  # no drafts at hand: most steps of a text at rest
                 return [self.shapes.layouts[0]]
             return [self.shapes.layouts[index] for index in self._drafts_alone(reach, self._gained(reach, urgency))]
-        apart = max(self.sequences, self._solved_for) / min(self.sequences, self._solved_for)
-        if apart >= APART and max(remaining) > SHORT:
-            self._solve_soon()
+        if self._apart(max(remaining)):
+            self._until_solution = 0
         if self._until_solution == 0:
             self._until_solution = self._solve_every
             self._solve_every = min(2 * self._solve_every, SOLVE_EVERY[1])
@@ -181,16 +180,22 @@ class Planner:
         self._began_with = self.sequences
         self._probe_every = PROBE_EVERY[0]
         self.probe_soon()
-        if self._in_vain * self.sequences >= TEXTS and self._in_vain % TEXTS:
+        if self._in_vain * self.sequences >= TEXTS and self._in_vain % RARELY:
             self._without_masks, self._probe_every = SETTLED, PROBE_RARER * PROBE_EVERY[0]
 
     def rests(self, remaining: int) -> bool:
         """Whether neither planning nor masks promise to pay at the next step, nor is it time to try some, where a text
         may still get so many tokens; to be asked once before each step, which `layouts` does of one sequence."""
         due = self._without_masks + 1 >= self._probe_every and remaining > TOO_LATE
-        self.rested = not self._pays and self._without_masks >= SETTLED and not due
+        settled = self._without_masks >= SETTLED and not self._apart(remaining)
+        self.rested = settled and not self._pays and not due
         self._without_masks += self.rested
         return self.rested
+
+    def _apart(self, remaining: int) -> bool:
+        """Whether the solution is for far more or fewer sequences, and one of them may still get so many tokens."""
+        fewer, more = sorted((self.sequences, self._solved_for))
+        return more >= APART * fewer and remaining > SHORT
 
     def wake(self) -> None:
         """There are signs that other steps pay now."""
@@ -251,9 +256,6 @@ class Planner:
         counts = np.maximum(np.arange(self.masks + 1), 1)
         self.drafting = np.maximum.accumulate(self._drafting * (self._of_drafting.fit() or known).at(counts))
         self._dearer = (self._table - self._table[0]).min(1)  # (k+1,): what verifying d drafts adds, at least
-
-    def _solve_soon(self) -> None:
-        self._until_solution, self._solve_every = 0, max(1, SOLVE_EVERY[0] // self.sequences)
 
     def solve(self) -> None:
         """Policy iteration over the recent blocks, going on from the last solution (docs/planner.md)."""
