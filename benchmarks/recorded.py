@@ -1,9 +1,9 @@
 """The real strategies on recorded texts, with steps whose cost is known: what planning is worth, and what it costs.
 
 Texts of the embedded model are decoded plainly once, with a block of drafts and its confidences recorded at every
-place. On them the strategies then run as they are, against a clock that adds up what their steps took on one machine,
-so that a change of the planner shows within a percent in two minutes, on a machine as busy as it likes. Writes one JSON
-file.
+place. On them the strategies then run as they are, singly and in batches, against a clock that adds up what their steps
+took on one machine, so that a change of the planner shows within a percent in some minutes, on a machine as busy as it
+likes. Writes one JSON file.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -25,7 +27,7 @@ import foretell
 from foretell.config import DecodeConfig
 from foretell.decoding.cache import StaticCache
 from foretell.decoding.calibration import Experience
-from foretell.decoding.costs import Costs
+from foretell.decoding.costs import Costs, of_batch, plain_steps
 from foretell.decoding.draft import SamplerDrafter
 from foretell.decoding.generate import MTPForCausalLM
 from foretell.decoding.pausing import Pause
@@ -37,13 +39,23 @@ from foretell.evaluation.prompts import load_prompts
 from foretell.layout import linear
 
 RESULT = Path(__file__).parent / "results" / "recorded.json"
-# Of the embedded model on two cores of a Xeon with AMX, eager, milliseconds, by width and by number of drafts.
-COSTS = Costs(
-    regular={1: 2.0, 2: 2.5, 3: 2.6, 5: 2.95, 9: 3.42},
-    masked={2: 3.0, 5: 3.28, 9: 3.6, 12: 4.0, 16: 4.45, 25: 5.5, 45: 7.6, 81: 11.0},
-    drafts={1: 0.42, 4: 0.6, 8: 1.1},
-)
-BOOKS, SOLUTION = 0.25, 1.3  # milliseconds: of a step that is planned, beside its work, and of a solution
+# Of the embedded model on two cores of a Xeon with AMX, eager, milliseconds, by width and by number of drafts; of one
+# sequence and of four.
+COSTS = {
+    1: Costs(
+        regular={1: 2.0, 2: 2.5, 3: 2.6, 5: 2.95, 9: 3.42},
+        masked={2: 3.0, 5: 3.28, 9: 3.6, 12: 4.0, 16: 4.45, 25: 5.5, 45: 7.6, 81: 11.0},
+        drafts={1: 0.42, 4: 0.6, 8: 1.1},
+    ),
+    4: Costs(
+        regular={1: 3.35, 2: 4.1, 3: 4.25, 5: 4.9, 9: 6.35},
+        masked={2: 5.9, 5: 7.0, 9: 8.7, 12: 9.7, 16: 11.2, 25: 14.3, 45: 21.7, 81: 36.5},
+        drafts={1: 0.7, 4: 1.25, 8: 2.25},
+    ),
+}
+# Milliseconds: of a step that is planned, beside its work, and for every further sequence; of a solution; of masks hung
+# in the step that reads the prompt, more than in another.
+BOOKS, FURTHER, SOLUTION, READING = 0.25, 0.03, 1.3, 3.5
 NOISE, CHAINS = 0.05, 0.25  # deviations of the logarithms of steps and of chains
 MASKS = (2, 3, 4, 6)
 
@@ -84,76 +96,111 @@ def record(model: MTPForCausalLM, prompt: Tensor, new: int, temperature: float) 
 
 
 class Clock:
-    """Plays texts to strategies; `free`: planning takes no time."""
+    """Plays texts to strategies, up to four side by side; `free`: planning takes no time."""
 
     def __init__(self, masks: int, seed: int = 0, free: bool = False) -> None:
-        self.steps, self.drafting = COSTS.steps(masks), COSTS.drafting(masks)
+        tables = {size: of_batch(COSTS, size) for size in range(1, max(COSTS) + 1)}
+        self.costs = {size: (table.steps(masks), table.drafting(masks)) for size, table in tables.items()}
         self.experience, self.pause, self.masks = Experience(masks), Pause(), masks
-        self.planner = Planner(COSTS, self.experience)
+        self._planner, self._sequences = Planner(COSTS[1], self.experience), 1
         self.random, self.free, self.solutions = random.Random(seed), free, 0
-        solve = self.planner.solve
+        solve = self._planner.solve
 
         def counted() -> None:
             self.solutions += 1
             solve()
 
-        self.planner.solve = counted  # type: ignore[method-assign]
+        self._planner.solve = counted  # type: ignore[method-assign]
 
-    def adaptive(self) -> Strategy:
-        """For a new text."""
-        self.experience.begin_text()
-        self.planner.begin_text()
-        self.pause.begin_text(1)
-        return Adaptive(lambda sequences: self.planner, self.experience, pause=self.pause)
+    def planner(self, sequences: int) -> Planner:
+        if sequences != self._sequences:
+            self._sequences = sequences
+            self._planner.reprice(partial(of_batch, COSTS, sequences), plain_steps(COSTS, sequences))
+        return self._planner
 
-    def play(self, text: Text, strategy: Strategy) -> float:
+    def adaptive(self, sequences: int) -> Strategy:
+        """For so many new texts."""
+        self.experience.begin_text(sequences)
+        self.planner(sequences).begin_text()
+        self.pause.begin_text(sequences)
+        return Adaptive(self.planner, self.experience, pause=self.pause)
+
+    def plain(self, texts: Sequence[Text]) -> float:
+        """Milliseconds of plain decoding."""
+        lengths = sorted(len(text.new) for text in texts)
+        steps = zip(lengths, [0, *lengths], range(len(texts), 0, -1), strict=False)
+        return sum(float((length - before) * self.costs[count][0][0, 0]) for length, before, count in steps)
+
+    def play(self, texts: Sequence[Text], strategy: Strategy) -> float:
         """Milliseconds."""
-        row = Running(0, len(text.new), list(text.prompt))
-        at_hand: list[int] = []
+        running = [Running(number, len(text.new), list(text.prompt)) for number, text in enumerate(texts)]
+        at_hand: dict[int, list[int]] = {row.sequence: [] for row in running}
         total, first = 0.0, True
-        while row.remaining:
-            solved = self.solutions
-            (layout,) = aligned(strategy.layouts([row]), self.masks)
-            tokens = text.new[row.place :][: layout.regular]
-            held = 0
-            while held < min(layout.regular - 1, len(at_hand), len(tokens) - 1) and at_hand[held] == tokens[held]:
-                held += 1
-            tokens = tokens[: held + 1]
-            row.text += tokens
-            row.place, row.remaining = row.place + len(tokens), row.remaining - len(tokens)
-            strategy.decided(row, tokens)
+        while running:
+            solved, sequences = self.solutions, len(running)
+            layouts = aligned(strategy.layouts(running), self.masks)
+            layout, left = layouts[0], []
             planned = isinstance(strategy, Adaptive) and not strategy.paused
-            seconds = self.steps[layout.regular - 1, layout.masks] * self.random.lognormvariate(0, NOISE)
-            seconds += 0.0 if self.free or not planned else BOOKS + SOLUTION * (self.solutions - solved)
-            chain = 0.0
-            if row.remaining:
-                block = layout.block_rows(held)
+            seconds = self.costs[sequences][0][layout.regular - 1, layout.masks] * self.random.lognormvariate(0, NOISE)
+            seconds += READING if first and layout.masks else 0.0
+            if planned and not self.free:
+                seconds += BOOKS + FURTHER * (sequences - 1) + SOLUTION * (self.solutions - solved)
+            for row, own in zip(running, layouts, strict=True):
+                tokens = texts[row.sequence].new[row.place :][: layout.regular]
+                drafts = at_hand[row.sequence][: len(tokens) - 1]
+                held = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(drafts, tokens, strict=False)))
+                tokens = tokens[: held + 1]
+                row.text += tokens
+                row.place, row.remaining = row.place + len(tokens), row.remaining - len(tokens)
+                strategy.decided(row, tokens)
+                block = own.block_rows(held)
                 row.drafts = 0 if block is None else min(block.stop - block.start, row.remaining - 1)
-                chain = self.drafting[row.drafts] * self.random.lognormvariate(0, CHAINS)
-                place = slice(row.place - 1, row.place)
-                own = text.drafts[place, : row.drafts], text.confidences[place, : row.drafts]
-                drafts = strategy.drafted([row], own[0], own[1] if row.drafts else None)
-                at_hand = drafts[0, : row.drafts].tolist()
+                left += [row] if row.remaining else []
+            running = left
+            chain = self._draft(running, texts, strategy, at_hand) if running else 0.0
+            if running:
                 strategy.took(layout, None if first else seconds + chain, chain)
             total, first = total + seconds + chain, False
         return total
 
+    def _draft(
+        self, running: list[Running], texts: Sequence[Text], strategy: Strategy, at_hand: dict[int, list[int]]
+    ) -> float:
+        """Puts the drafts to go on with into `at_hand`; milliseconds."""
+        most = max(row.drafts for row in running)
+        drafts, confidences = torch.zeros(len(running), most, dtype=torch.long), torch.zeros(len(running), most)
+        for number, row in enumerate(running):
+            text, place = texts[row.sequence], row.place - 1
+            drafts[number, : row.drafts] = text.drafts[place, : row.drafts]
+            confidences[number, : row.drafts] = text.confidences[place, : row.drafts]
+        chosen = strategy.drafted(running, drafts, confidences if most else None).tolist()
+        at_hand.update((row.sequence, own[: row.drafts]) for row, own in zip(running, chosen, strict=True))
+        return float(self.costs[len(running)][1][most] * self.random.lognormvariate(0, CHAINS))
 
-def gain(texts: Sequence[Text], clock: Clock, fixed: Strategy | None = None) -> float:
+
+def gain(batches: Sequence[Sequence[Text]], clock: Clock, fixed: Strategy | None = None) -> float:
     """× plain decoding."""
-    plain = sum(len(text.new) for text in texts) * clock.steps[0, 0]
-    return float(plain / sum(clock.play(text, fixed or clock.adaptive()) for text in texts))
+    played = sum(clock.play(texts, fixed or clock.adaptive(len(texts))) for texts in batches)
+    return sum(map(clock.plain, batches)) / played
 
 
-def passes(texts: Sequence[Text], clocks: Sequence[Clock]) -> list[float]:
+def passes(batches: Sequence[Sequence[Text]], clocks: Sequence[Clock]) -> list[float]:
     """The mean gain of adaptive decoding on these clocks, the first time over the texts and the second."""
-    return [sum(gain(texts, clock) for clock in clocks) / len(clocks) for _ in range(2)]
+    return [sum(gain(batches, clock) for clock in clocks) / len(clocks) for _ in range(2)]
+
+
+def batches_of(texts: dict[str, list[Text]], size: int) -> dict[str, list[list[Text]]]:
+    """Each set in whole batches, and one of each set in turn."""
+    found = {name: [own[at : at + size] for at in range(0, len(own) - size + 1, size)] for name, own in texts.items()}
+    turns = zip(found["problems"], found["code"], found["chat"] * len(found["code"]), strict=False)
+    return found | {"mixed": [batch for turn in turns for batch in turn]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit", type=int, default=32, help="texts of problems and of code")
     parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--batch", type=int, nargs="+", choices=range(1, max(COSTS) + 1), default=(1, max(COSTS)))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=RESULT)
     args = parser.parse_args()
@@ -161,7 +208,7 @@ def main() -> None:
     k = model.max_masks
     rows = []
     table = Table(title="× plain decoding; adaptive: first and second time over the texts")
-    for column in ("texts", "temperature", "best linear", "adaptive", "planning free"):
+    for column in ("texts", "batch", "temperature", "best linear", "adaptive", "planning free"):
         table.add_column(column)
     for temperature in (0.0, 1.0):
         sets = {"problems": load_prompts("problems", limit=args.limit), "code": load_prompts("code", limit=args.limit)}
@@ -170,19 +217,25 @@ def main() -> None:
             name: [record(model, ids, args.new, temperature) for ids in encode_prompts(model, prompts, args.new, name)]
             for name, prompts in sets.items()
         }
-        turns = zip(texts["problems"], texts["code"], texts["chat"] * 4, strict=False)
-        texts["mixed"] = [text for turn in turns for text in turn]
-        for name, own in texts.items():
-            best, masks = max((gain(own, Clock(k), Fixed("linear", masks)), masks) for masks in MASKS)
-            adaptive, free = (
-                passes(own, [Clock(k, seed, free) for seed in range(args.seeds)]) for free in (False, True)
-            )
-            of_linear = {"masks": masks, "gain": best}
-            row = {"texts": name, "temperature": temperature, "linear": of_linear, "adaptive": adaptive, "free": free}
-            rows.append(row)
-            cells = (" ".join(f"{value:.2f}" for value in values) for values in (adaptive, free))
-            table.add_row(name, str(temperature), f"{best:.2f} ({masks} masks)", *cells)
-    settings = {"limit": args.limit, "new": args.new, "seeds": args.seeds, "books_ms": BOOKS, "solution_ms": SOLUTION}
+        for size in args.batch:
+            for name, batches in batches_of(texts, size).items():
+                best, masks = max((gain(batches, Clock(k), Fixed("linear", masks)), masks) for masks in MASKS)
+                adaptive, free = (
+                    passes(batches, [Clock(k, seed, free) for seed in range(args.seeds)]) for free in (False, True)
+                )
+                of_linear = {"masks": masks, "gain": best}
+                row = {"texts": name, "batch": size, "temperature": temperature, "linear": of_linear}
+                rows.append(row | {"adaptive": adaptive, "free": free})
+                cells = (" ".join(f"{value:.2f}" for value in values) for values in (adaptive, free))
+                table.add_row(name, str(size), str(temperature), f"{best:.2f} ({masks} masks)", *cells)
+    settings = {
+        "limit": args.limit,
+        "new": args.new,
+        "seeds": args.seeds,
+        "books_ms": BOOKS,
+        "solution_ms": SOLUTION,
+        "reading_ms": READING,
+    }
     args.output.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
     Console().print(table)
 

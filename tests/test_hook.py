@@ -84,7 +84,9 @@ def test_scores_and_logits_in_transformers_own_output(known: Known, wanted: tupl
             assert mine.shape == other.shape and mine.dtype == other.dtype
             for row in (0, 1):
                 wanted_row = other[row] if place < ends[row] else torch.zeros_like(other[row])
-                torch.testing.assert_close(mine[row], wanted_row, atol=1e-4, rtol=0)
+                # Of a padded prompt some versions of transformers penalise the padding's token too.
+                counted = slice(1, None) if row == 1 else slice(None)
+                torch.testing.assert_close(mine[row][counted], wanted_row[counted], atol=1e-4, rtol=0)
     if "scores" in wanted:
         assert lm.compute_transition_scores(got.sequences, got.scores, normalize_logits=True).isfinite().all()
 

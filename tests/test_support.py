@@ -37,7 +37,7 @@ REFUSED = {
             lru_width=32,
             attention_window_size=16,
         ),
-        "layers of type linear_attention, whose state can't skip rejected tokens",
+        RECURRENT,
     ),
     "jamba": (
         hf.JambaConfig(
