@@ -159,6 +159,12 @@ def test_bad_settings_are_refused_in_one_sentence(settings: dict[str, Any], mess
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("strange", [-1, VOCAB])
+def test_ids_that_the_base_does_not_have_are_refused(strange: int) -> None:
+    with pytest.raises(ForetellError, match=f"token ids 0 to {VOCAB - 1} and the prompt {strange}; give ids of"):
+        tiny_model().generate(input_ids=[3, strange, 5])
+
+
 def test_settings_built_directly_are_checked_too() -> None:
     with pytest.raises(ForetellError, match="no empty text"):
         DecodeConfig(stop=("a", ""))

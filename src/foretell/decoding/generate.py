@@ -268,7 +268,7 @@ class MTPForCausalLM(MTPModel):
         return config
 
     def encode(self, prompt: str | None, input_ids: Tensor | Sequence[int] | None = None, chat: bool = False) -> Tensor:
-        """(1, n) int64 on the base's device. Raises ForetellError if empty, both or neither are given."""
+        """(1, n) int64 on the base's device. Raises ForetellError if empty or not the base's, both or neither given."""
         if (prompt is None) == (input_ids is None):
             raise ForetellError("give either a prompt or input_ids")
         if input_ids is not None:
@@ -289,6 +289,12 @@ class MTPForCausalLM(MTPModel):
             ids = self.tokenizer(prompt, return_tensors="pt")["input_ids"].long()
         if ids.shape[1] == 0:
             raise ForetellError("the prompt is empty; give at least one token")
+        strange = ids[(ids < 0) | (ids >= self.base.vocab_size)].tolist()
+        if strange:
+            raise ForetellError(
+                f"the base has token ids 0 to {self.base.vocab_size - 1} and the prompt {strange[0]}; "
+                "give ids of the base's own tokenizer"
+            )
         return ids.to(self.base.device)
 
     def stop_ids(self) -> set[int]:

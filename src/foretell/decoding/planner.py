@@ -18,7 +18,9 @@ FIRST_ROUNDS, ROUNDS = 10, 2  # of policy iteration, at most: from nothing, and 
 CLOSE = 0.01  # tokens: a round that changes less is the last
 ENDS = 1e-3  # chance that drafts at hand are lost, as by the end of the text: what would go on for ever has a value
 SOLVE_EVERY = (8, 32)  # steps between solutions, doubling from the first to the second
-APART, SHORT = 2, 16  # a solution for so many times as many sequences won't do, unless so few tokens are left
+# A solution for so many times as many sequences, or as few, won't do, unless so few tokens are left. What becomes of
+# more than a few as some of them end is not worth a solution.
+APART, FEW, SHORT = 2, 4, 16
 PLAIN_TIMED, TIMED = 4, 6  # steps that correct the costs of their kind, at least: plain ones are all alike
 PROBE_EVERY = (8, 256)  # steps without masks before some are tried again, `PROBE_RARER` times as many while in vain
 PROBE_RARER = 8
@@ -193,9 +195,11 @@ class Planner:
         return self.rested
 
     def _apart(self, remaining: int) -> bool:
-        """Whether the solution is for far more or fewer sequences, and one of them may still get so many tokens."""
-        fewer, more = sorted((self.sequences, self._solved_for))
-        return more >= APART * fewer and remaining > SHORT
+        """Whether what pays may be another thing for as many sequences as there are now, one of which may still get so
+        many tokens: fewer may gain what more did not, and more may lose what fewer gain."""
+        thinned = self.sequences <= FEW and APART * self.sequences <= self._solved_for
+        grown = self._pays and self.sequences >= APART * self._solved_for
+        return remaining > SHORT and (thinned or grown)
 
     def wake(self) -> None:
         """There are signs that other steps pay now."""
