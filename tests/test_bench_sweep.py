@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +125,22 @@ def test_digest() -> None:
     one, two = torch.arange(6), torch.arange(6).view(2, 3)
     assert digest([one]) == digest([one.clone()]) != digest([two])
     assert digest([one, one + 1]) != digest([one + 1, one])
+
+
+def test_methods_run_in_another_order_every_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+
+    def noted(model: Any, ids: Any, method: Any, *arguments: Any, **settings: Any) -> Any:
+        names.append(str(method))
+        return run(model, ids, method, *arguments, **settings)
+
+    run = bench_module.run
+    monkeypatch.setattr(bench_module, "run", noted)
+    rounds = 6
+    (cell, *_) = small(rounds=rounds).cells
+    count = len(cell.rows)
+    names = names[: count * (1 + rounds)]
+    orders = [tuple(names[at : at + count]) for at in range(count, len(names), count)]
+    assert all(sorted(order) == sorted(names[:count]) for order in orders)
+    neighbours = {pair for order in orders for pair in itertools.pairwise(order)}
+    assert len(neighbours) > count  # turns alone would always put the same one behind each

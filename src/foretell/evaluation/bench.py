@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def bench(
 
     The points are all combinations of the sets, `batch` (prompts decoded side by side; the last batch is filled up
     with the first prompts), `temperature` and `context` (tokens of every prompt, see `prompts.to_context`; None: as
-    they are). At each, every round runs every method over all prompts, in an order that rotates, so that noise hits
+    they are). At each, every round runs every method over all prompts, in another order, so that noise hits
     all alike; ratios are taken within a round. A method's first pass over one batch is a warm-up, not counted.
 
     `strategies` are by default all that draft; `masks` 1, 2, 4, 8 as far as the model goes, and its k. Transformers'
@@ -179,8 +180,8 @@ def _measure(
         once(method, ids[: point.batch])
     runs: dict[Method, list[Run]] = {method: [] for method in able}
     for number in range(rounds):
-        turn = number % len(able)
-        for method in able[turn:] + able[:turn]:
+        # Another order each time: what runs behind wide steps begins with cold caches.
+        for method in random.Random(f"{point} {number}").sample(able, len(able)):
             runs[method].append(once(method, ids))
     rows = [_row(model, point, ids, method, runs) for method in able]
     left_out = {str(method): reason for method in methods if (reason := method.refusal(point.batch))}
