@@ -52,11 +52,6 @@ class Pause:
         else:
             self._try_anew()
 
-    @property
-    def active(self) -> bool:
-        """Whether the last step was a plain one without anything else, by what the clock says."""
-        return self._paused
-
     def paused(self) -> bool:
         """Whether the next step should be a plain one without anything else; to be asked once before each step."""
         if not self._paused and self._since_pause >= RENEWED:

@@ -62,7 +62,6 @@ class Planner:
         self._weights = self._worth()
         self._solved = False
         self._hangs_masks, self._pays = False, True
-        self.rested = False  # what `rests` said last
         self._began_with, self._paid, self._in_vain = 1, True, 0  # sequences, while most were there, beginnings
         self._without_masks, self._probe_every = 0, PROBE_EVERY[0]
         self._until_solution, self._solve_every = 0, SOLVE_EVERY[0]
@@ -188,11 +187,12 @@ class Planner:
     def rests(self, remaining: int) -> bool:
         """Whether neither planning nor masks promise to pay at the next step, nor is it time to try some, where a text
         may still get so many tokens; to be asked once before each step, which `layouts` does of one sequence."""
-        due = self._without_masks + 1 >= self._probe_every and remaining > TOO_LATE
-        settled = self._without_masks >= SETTLED and not self._apart(remaining)
-        self.rested = settled and not self._pays and not due
-        self._without_masks += self.rested
-        return self.rested
+        if self._pays or self._without_masks < SETTLED or self._apart(remaining):
+            return False
+        if self._without_masks + 1 >= self._probe_every and remaining > TOO_LATE:
+            return False
+        self._without_masks += 1
+        return True
 
     def _apart(self, remaining: int) -> bool:
         """Whether what pays may be another thing for as many sequences as there are now, one of which may still get so

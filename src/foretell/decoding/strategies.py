@@ -18,7 +18,6 @@ from foretell.layout import Block, Layout, linear, plain, quadratic
 
 MARGIN = 1.15  # by which the text's own drafts must promise more than those of the masks: the better guess flatters
 WATCHED = 4  # sequences of a batch that are watched while it rests: each of their tokens costs a microsecond
-HEARD = 4  # of so many plain steps at rest one tells what they take: a small model's step costs a hundred times as much
 
 
 @dataclass
@@ -111,7 +110,6 @@ class Adaptive:
     gained: float = 0.0  # tokens of the last step, weighted so
     sequences: int = 0  # in the last step
     batch: Batch | None = None  # if all texts began together and no others wait
-    quiet: int = 0  # plain steps that rested
     watched: int = 0  # sequences, in pauses
     foretold: int = 0  # times in a row that a watched one had said what the text foretold
 
@@ -170,10 +168,6 @@ class Adaptive:
     def took(self, layout: Layout, seconds: float | None, drafting: float = 0.0) -> None:
         if self.planning is None:
             return
-        if layout.width == 1 and self.planning.rested and self.pause is not None and not self.pause.active:
-            self.quiet += 1
-            if self.quiet % HEARD:
-                return
         if seconds is None:
             if self.pause is not None and not self.paused:
                 self.pause.began()
