@@ -7,7 +7,7 @@ import pytest
 
 from foretell.decoding.calibration import Experience
 from foretell.decoding.costs import Costs, of_batch, plain_steps
-from foretell.decoding.planner import RARELY, SETTLED, SHORT, Planner, means
+from foretell.decoding.planner import SETTLED, SHORT, Planner, means
 from foretell.evaluation.simulation import noisy_costs
 from foretell.layout import plain
 
@@ -219,7 +219,7 @@ def test_texts_in_vain_are_counted_not_batches(sequences: int, beginnings: int) 
                 continue
             layouts = planner.layouts([[1.0]] * sequences, [100] * sequences)
             if step == 0:
-                assert bool(layouts[0].masks) == (number <= beginnings - 1 or number % RARELY == 0), number
+                assert bool(layouts[0].masks) == (number <= beginnings - 1 or number % 4 == 0), number
             for layout in layouts:
                 if layout.masks:
                     experience.made([0.01] * layout.masks)

@@ -28,7 +28,7 @@ PROBE_MASKS, FEWEST_PROBED = 4, 2  # the first drafts tell most
 TOO_LATE = 8  # tokens that a text may still get in which nothing is tried any more
 PAYS = 0.97  # plain steps that a token must cost less than for anything else to be worth its trouble
 SETTLED = 4  # steps after which the fate of what was tried is known
-TEXTS, RARELY = 4, 8  # in a row in which nothing paid, after which only one of so many begins with masks
+TEXTS = 4  # in a row in which nothing paid, after which only one of so many begins with masks
 
 
 class Planner:
@@ -181,7 +181,7 @@ class Planner:
         self._began_with = self.sequences
         self._probe_every = PROBE_EVERY[0]
         self.probe_soon()
-        if self._in_vain * self.sequences >= TEXTS and self._in_vain % RARELY:
+        if self._in_vain * self.sequences >= TEXTS and self._in_vain % TEXTS:
             self._without_masks, self._probe_every = SETTLED, PROBE_RARER * PROBE_EVERY[0]
 
     def rests(self, remaining: int) -> bool:
