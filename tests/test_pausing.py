@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -234,6 +235,26 @@ def test_one_sequence_rests_but_for_the_drafts_of_its_text(monkeypatch: pytest.M
         strategy.decided(row, held)
         row.text += held
     assert not solutions
+
+
+@pytest.mark.parametrize("text, verified", [([*range(20), 7], 0), (list(range(20)) * 2, 1)])
+def test_one_sequence_at_rest_takes_up_only_promising_drafts_of_its_text(text: list[int], verified: int) -> None:
+    """One behind a single token, which experience speaks against, is left alone and nothing is planned; one behind
+    twenty is verified."""
+    strategy, planner = planless(0.02)
+    course_of(strategy, planner, 40, 0.02, sequences=1)
+    for _ in range(10):
+        planner.experience.lookup.decided([math.log(1 / 3)], 0)
+    planner.experience.lookup.learn()
+    below, above = (planner.experience.lookup.chance(logit, 0) for logit in (math.log(1 / 3), math.log(20 / 3)))
+    assert below < planner.least_chance < above
+    row = Running(99, 10**6, list(range(50)))
+    assert strategy.layouts([row]) == [plain()] and strategy.paused
+    row.text = text
+    drafts = strategy.drafted([row], torch.empty((1, 0), dtype=torch.long), None)
+    assert bool(drafts.numel()) == bool(row.drafts) == bool(verified)
+    (layout,) = strategy.layouts([row])
+    assert strategy.paused != verified and (layout.regular > 1) == verified
 
 
 def test_one_sequence_without_lookup_rests_from_everything() -> None:

@@ -82,6 +82,17 @@ def test_drafts_alone_are_weighed_as_all_shapes_are() -> None:
     assert sum(verified) > 0 and min(verified) == 0
 
 
+def test_drafts_too_unlikely_at_rest_are_those_that_no_number_of_would_pay() -> None:
+    """For one sequence whose drafts behind the first all hold; of no less likely ones would any be verified."""
+    costs = Costs({1: 1.0, 2: 1.4, 3: 1.5, 5: 2.5}, {2: 9.0, 21: 9.0}, {4: 0.1})
+    planner = Planner(costs, Experience(4))
+    assert planner.least_chance == pytest.approx(0.25)  # two for half a step
+    for chance, verified in ((0.99, False), (1.01, True)):
+        reach = [[1.0] + [chance * planner.least_chance] * 4]
+        (index,) = planner._drafts_alone(reach, planner._gained(reach, [1.0]))
+        assert (planner.shapes.layouts[index].regular > 1) == verified
+
+
 def test_the_sequence_that_ends_last_is_the_most_urgent() -> None:
     """Steps of 1, 2 and 3 sequences take 4, 5 and 6: without the last there would be four sixths less to do."""
     experience = Experience(4)

@@ -99,10 +99,6 @@ class Planner:
         reach = [own[:left] for own, left in zip(reach, remaining, strict=True)]
         urgency = urgency or [1.0] * len(reach)
         if len(reach) == 1 and self.rests(remaining[0]):
-            if self._without_masks % SOLVE_EVERY[1] == 0:
-                self.experience.lookup.learn()
-            if len(reach[0]) == 1:  # no drafts at hand: most steps of a text at rest
-                return [self.shapes.layouts[0]]
             return [self.shapes.layouts[index] for index in self._drafts_alone(reach, self._gained(reach, urgency))]
         if self._apart(max(remaining)):
             self._until_solution = 0
@@ -192,6 +188,8 @@ class Planner:
         if self._without_masks + 1 >= self._probe_every and remaining > TOO_LATE:
             return False
         self._without_masks += 1
+        if self._without_masks % SOLVE_EVERY[1] == 0:
+            self.experience.lookup.learn()
         return True
 
     def _apart(self, remaining: int) -> bool:
@@ -260,6 +258,9 @@ class Planner:
         counts = np.maximum(np.arange(self.masks + 1), 1)
         self.drafting = np.maximum.accumulate(self._drafting * (self._of_drafting.fit() or known).at(counts))
         self._dearer = (self._table - self._table[0]).min(1)  # (k+1,): what verifying d drafts adds, at least
+        added = self._table[1:, 0] - self._table[0, 0]
+        # Chance of a first draft below which it is not worth verifying at rest, whatever comes behind it.
+        self.least_chance = float((added / np.arange(1, self.masks + 1)).min()) / self.resting
 
     def solve(self) -> None:
         """Policy iteration over the recent blocks, going on from the last solution (docs/planner.md)."""

@@ -104,6 +104,7 @@ class Adaptive:
     texts: dict[int, TextLookup] = field(default_factory=dict)
     pause: Pause | None = None  # None: it never pauses
     paused: bool = False
+    listens: bool = False  # whether promising drafts of the text are looked for nevertheless
     planning: Planner | None = None  # who planned the last step
     made: int = 0  # drafts of the masks behind it
     urgency: dict[int, float] = field(default_factory=dict)  # of the sequences in the last step
@@ -153,7 +154,7 @@ class Adaptive:
     def drafted(self, running: Sequence[Running], drafts: Tensor, confidences: Tensor | None) -> Tensor:
         self.made = drafts.shape[1]
         if self.paused:
-            return drafts
+            return self._promising(running[0], drafts) if self.listens else drafts
         made: list[list[float]] = [[] for _ in running]
         sure = made
         if confidences is not None:
@@ -188,14 +189,15 @@ class Adaptive:
         paused = self.pause.paused()
         if self.pause.ended:
             planner.probe_soon()
-        # One sequence goes on with the text's own drafts, which cost it next to nothing.
-        whole = len(running) > 1 or not self.lookup
-        if not (paused or (whole and planner.rests(max(row.remaining for row in running)))):
-            return False
-        if self._foretold(running):
+        alone = len(running) == 1
+        has_drafts = alone and running[0].drafts > 0
+        rests = not (paused or has_drafts) and planner.rests(max(row.remaining for row in running))
+        self.listens = rests and alone and self.lookup
+        if rests or paused:
+            if self.listens or not self._foretold(running):
+                return True
             planner.wake()
-            return False
-        return True
+        return False
 
     def _foretold(self, running: Sequence[Running]) -> bool:
         """Whether it is over because the text begins to foretell itself. One sequence a step is watched."""
@@ -235,6 +237,18 @@ class Adaptive:
         self.open.setdefault(row.sequence, []).extend(blocks)
         self.reach[row.sequence], row.drafts = best.reach, len(best.drafts)
         return best.drafts, instead
+
+    def _promising(self, row: Running, none: Tensor) -> Tensor:
+        """The text's own drafts for one sequence at rest, or `none` where the first is too unlikely to pay for its row,
+        whatever comes behind it: mostly so, and then it has taken microseconds."""
+        assert self.planning is not None
+        index = self.texts.setdefault(row.sequence, TextLookup())
+        found = index.find(row.text, min(1, row.remaining - 1))
+        for logit in match_log_odds(found):
+            if self.experience.lookup.chance(logit, 0) >= self.planning.least_chance:
+                return none.new_tensor([self._choose(row, (), ())[0]])
+        self.experience.found([])
+        return none
 
     def _found(self, row: Running) -> OpenBlock:
         found = Found([], 0)
