@@ -104,7 +104,9 @@ def test_the_better_drafts_are_taken_row_by_row() -> None:
 def test_both_kinds_of_drafts_teach_their_own_calibration() -> None:
     strategy = adaptive()
     row = Running(0, 100, [1, 2, 3] * 3, drafts=3)
-    for _ in range(40):  # the loop goes on, and the masks are sure of something else
+    for number in range(40):  # the loop goes on, and the masks are sure of something else
+        if number % 8 == 0:
+            strategy.experience.recent_reach()
         strategy.drafted([row], torch.tensor([[7, 8, 9]]), torch.full((1, 3), 0.9))
         strategy.decided(row, [1, 2, 3])
         row.text += [1, 2, 3]

@@ -84,7 +84,7 @@ def test_drafts_alone_are_weighed_as_all_shapes_are() -> None:
 
 def test_drafts_too_unlikely_at_rest_are_those_that_no_number_of_would_pay() -> None:
     """For one sequence whose drafts behind the first all hold; of no less likely ones would any be verified."""
-    costs = Costs({1: 1.0, 2: 1.4, 3: 1.5, 5: 2.5}, {2: 9.0, 21: 9.0}, {4: 0.1})
+    costs = Costs({1: 1.0, 2: 1.4, 3: 1.5, 5: 2.5}, {2: 2.0, 21: 21.0}, {4: 0.1})
     planner = Planner(costs, Experience(4))
     assert planner.least_chance == pytest.approx(0.25)  # two for half a step
     for chance, verified in ((0.99, False), (1.01, True)):

@@ -76,11 +76,11 @@ class TextLookup:
         self.run = self.run + 1 if holds else 0
 
 
-def match_log_odds(found: Found) -> list[float]:
-    """What a match promises for each of its drafts, before experience corrects it.
+def match_log_odds(found: Found, most: int | None = None) -> list[float]:
+    """What a match promises for each of its drafts, or the first `most`, before experience corrects it.
 
     Odds of n : 3 for a match of n tokens; each draft that holds makes it longer. On either side come first drafts of
     this text that held or failed: a text that has begun to repeat itself goes on with it.
     """
     doubt = DOUBT + found.failed
-    return [math.log((found.matched + number + found.held) / doubt) for number in range(len(found.drafts))]
+    return [math.log((found.matched + number + found.held) / doubt) for number in range(len(found.drafts[:most]))]

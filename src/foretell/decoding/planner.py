@@ -57,7 +57,7 @@ class Planner:
         self.sequences = self._solved_for = 1
         self.plain: Floats = self._measured[0, :1]  # (n,): seconds of a plain step of 1, 2, ... n sequences
         self._costs: Callable[[], Costs] | None = None  # that hold from now on
-        self._shares = np.ones(1)  # (n,): see `urgency`
+        self._shares = [1.0]  # (n,): see `urgency`
         self._correct_costs()
         self._weights = self._worth()
         self._solved = False
@@ -78,7 +78,8 @@ class Planner:
         costs, self._costs = self._costs(), None
         self._measured, self._drafting = costs.steps(self.masks), costs.drafting(self.masks)
         self.shapes = shapes(self.masks, several=self.sequences > 1)
-        self._shares = np.maximum(np.diff(self.plain, prepend=0.0), 0.0) * self.sequences / self.plain[-1]
+        shares = np.maximum(np.diff(self.plain, prepend=0.0), 0.0) * self.sequences / self.plain[-1]
+        self._shares = shares.tolist()
         self._correct_costs()  # which scales the solution
         self._weights = self._worth()
 
@@ -129,11 +130,14 @@ class Planner:
             return urgency
         known = 1 - self.experience.stopped
         order = sorted(range(len(remaining)), key=remaining.__getitem__, reverse=True)
-        for _, rows in groupby(enumerate(order), key=lambda item: remaining[item[1]]):
-            places, equal = zip(*rows, strict=True)
-            share = float(self._shares[places[0] : places[-1] + 1].mean())
+        start = 0
+        for _, rows in groupby(order, key=remaining.__getitem__):
+            equal = list(rows)
+            end = start + len(equal)
+            share = sum(self._shares[start:end]) / len(equal)
             for row in equal:
                 urgency[row] += known * (share - 1.0)
+            start = end
         return urgency
 
     def _best(self, reach: Sequence[float]) -> int:
@@ -258,9 +262,8 @@ class Planner:
         counts = np.maximum(np.arange(self.masks + 1), 1)
         self.drafting = np.maximum.accumulate(self._drafting * (self._of_drafting.fit() or known).at(counts))
         self._dearer = (self._table - self._table[0]).min(1)  # (k+1,): what verifying d drafts adds, at least
-        added = self._table[1:, 0] - self._table[0, 0]
-        # Chance of a first draft below which it is not worth verifying at rest, whatever comes behind it.
-        self.least_chance = float((added / np.arange(1, self.masks + 1)).min()) / self.resting
+        # Chance of a first draft below which neither it nor what comes behind it pays for its rows.
+        self.least_chance = float((self._dearer[1:] / np.arange(1, self.masks + 1)).min()) / self.resting
 
     def solve(self) -> None:
         """Policy iteration over the recent blocks, going on from the last solution (docs/planner.md)."""

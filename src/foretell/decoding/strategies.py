@@ -154,7 +154,9 @@ class Adaptive:
     def drafted(self, running: Sequence[Running], drafts: Tensor, confidences: Tensor | None) -> Tensor:
         self.made = drafts.shape[1]
         if self.paused:
-            return self._promising(running[0], drafts) if self.listens else drafts
+            if not self.listens or not (own := self._choose(running[0], (), ())[0]):
+                return drafts
+            return drafts.new_tensor([own])
         made: list[list[float]] = [[] for _ in running]
         sure = made
         if confidences is not None:
@@ -224,38 +226,37 @@ class Adaptive:
 
     def _choose(self, row: Running, made: Sequence[float], confidences: Sequence[float]) -> tuple[list[int], bool]:
         """The drafts of which more should hold: those of the masks, or those of the text itself (then True)."""
-        found = self._found(row)
-        self.experience.found(found.logits)
-        best, instead = found, bool(found.drafts)
-        blocks = [found] if found.drafts else []
+        best, promise = None, 1.0  # tokens
+        blocks = []
         if row.drafts:
             logits = self.experience.made(confidences[: row.drafts])
-            block = OpenBlock([int(token) for token in made[: row.drafts]], logits, self.experience.calibration)
-            blocks.append(block)
-            if MARGIN * sum(block.reach) >= sum(found.reach):
-                best, instead = block, False
+            best = OpenBlock([int(token) for token in made[: row.drafts]], logits, self.experience.calibration)
+            blocks, promise = [best], MARGIN * sum(best.reach)
+        found, instead = self._found(row, promise), False
+        if found is not None:
+            blocks.append(found)
+            if sum(found.reach) > promise:
+                best, instead = found, True
         self.open.setdefault(row.sequence, []).extend(blocks)
-        self.reach[row.sequence], row.drafts = best.reach, len(best.drafts)
-        return best.drafts, instead
+        self.reach[row.sequence], row.drafts = ([1.0], 0) if best is None else (best.reach, len(best.drafts))
+        return [] if best is None else best.drafts, instead
 
-    def _promising(self, row: Running, none: Tensor) -> Tensor:
-        """The text's own drafts for one sequence at rest, or `none` where the first is too unlikely to pay for its row,
-        whatever comes behind it: mostly so, and then it has taken microseconds."""
-        assert self.planning is not None
-        index = self.texts.setdefault(row.sequence, TextLookup())
-        found = index.find(row.text, min(1, row.remaining - 1))
-        for logit in match_log_odds(found):
-            if self.experience.lookup.chance(logit, 0) >= self.planning.least_chance:
-                return none.new_tensor([self._choose(row, (), ())[0]])
-        self.experience.found([])
-        return none
-
-    def _found(self, row: Running) -> OpenBlock:
+    def _found(self, row: Running, promise: float = 1.0) -> OpenBlock | None:
+        """The text's own drafts; None if there are none, or the first is too unlikely for more than so many tokens to
+        come of them, or to pay for a row. Mostly it is, and then the rest is spared."""
         found = Found([], 0)
         if self.lookup:
             index = self.texts.setdefault(row.sequence, TextLookup())
             found = index.find(row.text, min(self.experience.masks, row.remaining - 1))
-        return OpenBlock(found.drafts, match_log_odds(found), self.experience.lookup)
+        least = (promise - 1) / max(1, len(found.drafts))
+        if self.planning is not None:
+            least = max(least, self.planning.least_chance)
+        if not found.drafts or self.experience.lookup.chance(match_log_odds(found, 1)[0], 0) < least:
+            self.experience.found([])
+            return None
+        block = OpenBlock(found.drafts, match_log_odds(found), self.experience.lookup)
+        self.experience.found(block.logits)
+        return block
 
 
 def next_layout(strategy: str, drafts: int, masks: int, remaining: int) -> Layout:
