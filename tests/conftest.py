@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from .lying import lying
+
 # Measured costs of steps go where no other run finds them; emptied with the temporary directory.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="foretell-tests-")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is first imported
@@ -15,10 +17,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is fir
 
 @pytest.fixture(scope="session", autouse=True)
 def packed_weights_in_blocks() -> Iterator[None]:
-    """Whether oneDNN's blocks are faster is timed; no test may hang on that. A test that wants weights as stored
-    says so."""
+    """How weights are multiplied fastest is timed; no test may hang on that. They lie in oneDNN's blocks where they
+    can, unless a test says otherwise (see `lying`)."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("foretell.packed.pays", lambda d_out, d_in, dtype: True)
+        lying("blocks", patch)
         yield
 
 

@@ -6,8 +6,10 @@ from torch import Tensor
 
 from foretell.decoding.draft import Open, draft
 from foretell.model import MTPModel
+from foretell.packed import Way
 from foretell.sampler import BigramHead, CombinedHead, SamplerHead, SplitLinear
 
+from .lying import WAYS, in_16_bits, lying
 from .models import VOCAB, random_prompt, reference, tiny_model
 
 
@@ -36,13 +38,14 @@ def test_chain_equals_the_plain_reading(name: str, sampler: str, tokens: int) ->
 
 
 @pytest.mark.parametrize("sampler", ["mlp", "bigram", "combined"])
-@pytest.mark.parametrize("pays", [False, True])
+@pytest.mark.parametrize("way", WAYS)
 def test_a_head_whose_weights_are_laid_out_drafts_the_same(
-    sampler: str, pays: bool, monkeypatch: pytest.MonkeyPatch
+    sampler: str, way: Way, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("foretell.packed.pays", lambda d_out, d_in, dtype: pays)
+    lying(way, monkeypatch)
     model = tiny_model(sampler=sampler, sampler_tokens=2)
     assert model.sampler is not None
+    in_16_bits(model.sampler)
     latents = torch.randn(3, 4, model.base.d_model, generator=torch.Generator().manual_seed(0))
     before = torch.tensor([[1, 2], [3, 4], [5, 6]])
     expected = draft(model, latents, before)[0]

@@ -16,8 +16,9 @@ from foretell.fused_lora import FusedLowRank
 from foretell.gated_lora import LowRank
 from foretell.layout import linear
 from foretell.model import MTPModel
-from foretell.packed import PackedLinear, PackedProduct, why_not
+from foretell.packed import PackedLinear, PackedProduct, Way, why_not
 
+from .lying import WAYS, in_16_bits, lying
 from .models import CONFIGS, random_prompt, tiny_lm
 
 pytestmark = pytest.mark.skipif(
@@ -27,15 +28,15 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("diagonal", [0, 10**9])
-@pytest.mark.parametrize("pays", [False, True])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_terms_are_those_of_the_adapters(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, diagonal: int, pays: bool, batch: int
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, diagonal: int, way: Way, batch: int
 ) -> None:
     """Of three linears of one product the first and the last are adapted."""
     for name in ("DIAGONAL", "STORED_DIAGONAL"):
         monkeypatch.setattr(fused_lora, name, diagonal)
-    monkeypatch.setattr(packed_module, "pays", lambda d_out, d_in, dtype: pays)
+    lying(way, monkeypatch)
     torch.manual_seed(0)
     sizes, adapters = [24, 8, 40], {2: LowRank(16, 40, 3, 0.5), 0: LowRank(16, 24, 5, 0.5)}
     for adapter in adapters.values():
@@ -56,23 +57,25 @@ def test_terms_are_those_of_the_adapters(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize("pays", [False, True])
+@pytest.mark.parametrize("way", WAYS)
 def test_small_matrices_are_joined_to_the_product(
-    dtype: torch.dtype, bias: bool, count: int, pays: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, bias: bool, count: int, way: Way, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packed_module, "pays", lambda d_out, d_in, dtype: pays)
+    lying(way, monkeypatch)
     torch.manual_seed(0)
-    linears = [nn.Linear(16, size, bias=bias).to(dtype) for size in (24, 8, 40)[:count]]
+    linears = [in_16_bits(nn.Linear(16, size, bias=bias)).to(dtype) for size in (24, 8, 40)[:count]]
     adapters = {number: LowRank(16, len(linears[number].weight), 3, 0.5) for number in {0, count - 1}}
     for adapter in adapters.values():
         nn.init.normal_(adapter.b)
-        adapter.to(dtype)
+        in_16_bits(adapter).to(dtype)
     weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
     product = PackedProduct(weights, biases)
     x = torch.randn(2, 6, 16, dtype=dtype)
     with torch.inference_mode():
         plain = [product.part(x, number) for number in range(count)]
-        fused = FusedLowRank(product.sizes, {number: (a.a, a.b) for number, a in adapters.items()}, 0.5, product)
+        to = product.arithmetic
+        matrices = {number: (a.a.to(to), a.b.to(to)) for number, a in adapters.items()}
+        fused = FusedLowRank(product.sizes, matrices, 0.5, product)
         assert fused.joined and product.joined == 3 * len(adapters)
         assert all(torch.equal(a, b) for a, b in zip(product.weights, weights, strict=True))
         without = [product.part(x, number) for number in range(count)]

@@ -1,7 +1,9 @@
 """Packed linears: the same products, the same text, less time; and a base that stays as it is where none was asked."""
 
 import copy
+import itertools
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -17,10 +19,11 @@ from foretell.config import STRATEGIES, MTPConfig
 from foretell.decoding.generate import MTPForCausalLM
 from foretell.errors import ForetellError
 from foretell.gated_lora import GatedLoRA, LowRank, Target
-from foretell.packed import PackedLinear, pack, why_not
+from foretell.packed import PackedLinear, pack, ways, why_not
 from foretell.packed_rows import PackedEmbedding
 
 from .decoded import decode
+from .lying import lying
 from .models import CONFIGS, random_prompt, reference, tiny_lm, tiny_model
 
 pytestmark = pytest.mark.skipif(
@@ -42,19 +45,18 @@ def packed_model(name: str) -> MTPForCausalLM:
 @pytest.fixture
 def as_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine on which oneDNN's blocks are the slower ones."""
-    monkeypatch.setattr(packed_module, "pays", lambda d_out, d_in, dtype: False)
+    lying("stored", monkeypatch)
 
 
-def blocked(model: nn.Module) -> set[bool]:
-    return {module.product.blocked for module in model.modules() if isinstance(module, PackedLinear)}
+def ways_of(model: nn.Module) -> set[str]:
+    return {module.product.way for module in model.modules() if isinstance(module, PackedLinear)}
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_every_architecture_writes_what_it_wrote_before(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed_module, "pays", lambda d_out, d_in, dtype: True)
     monkeypatch.setattr(base_module, "LARGE_UNEMBEDDING", 0)
     model = packed_model(name)
-    assert blocked(model) == {True}
+    assert ways_of(model) == {"blocks"}
     kinds = [type(module) for module in model.base.lm.modules()]
     assert PackedLinear in kinds and nn.Linear not in kinds
     # Of the unembedding's numbers none are there twice.
@@ -66,7 +68,7 @@ def test_every_architecture_writes_what_it_wrote_before(name: str, monkeypatch: 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "phi"])  # also Conv1D, a tied unembedding, biases
 def test_weights_as_stored_write_the_same(name: str, as_stored: None) -> None:
     model = packed_model(name)
-    assert blocked(model) == {False}
+    assert ways_of(model) == {"stored"}
     assert not any(term.fused.packed for term in model.adapter.terms if term.fused)
     check_texts(model, name)
 
@@ -79,26 +81,39 @@ def check_texts(model: MTPForCausalLM, name: str) -> None:
         assert out.texts == expected, strategy
 
 
-def test_which_way_is_faster_is_timed_once_for_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    slow, calls = {"product": 0.0, "linear": 0.0}, []
+def test_the_ways_are_timed_once_for_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow: dict[str, float] = {}
+    calls: list[str] = []
     clock = [0.0]
 
-    def takes(way: str) -> None:
+    def takes(x: torch.Tensor, weight: str, bias: None, way: str) -> torch.Tensor:
+        assert weight == way
         calls.append(way)
         clock[0] += slow[way]
+        return x
 
     monkeypatch.setattr(packed_module.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(packed_module, "product", lambda x, weight: takes("product"))
-    monkeypatch.setattr(packed_module.F, "linear", lambda x, weight: takes("linear"))
-    for slower, d_out in (("linear", 24), ("product", 40)):
-        slow.update(product=1.0, linear=1.0)
-        slow[slower] = 2.0
-        found = packed_module._pays(d_out, 16, torch.float32, 1)
+    monkeypatch.setattr(packed_module, "laid_out", lambda weights, bias, way: way)
+    monkeypatch.setattr(packed_module, "multiply", takes)
+    orders = list(itertools.permutations(("stored", "blocks", "halves")))
+    for d_out, order in enumerate(orders, 24):
+        slow.update({way: 1.0 + place for place, way in enumerate(order)})
+        timed = partial(packed_module._timed, orders[0], d_out, 16, torch.float32)
+        found = timed(1)
         count = len(calls)
-        assert found == (slower == "linear") and calls.count("linear") == calls.count("product")
-        assert packed_module._pays(d_out, 16, torch.float32, 1) == found and len(calls) == count
-        assert packed_module._pays(d_out, 16, torch.float32, 2) == found and len(calls) == 2 * count
+        assert found == order and len({calls.count(way) for way in order}) == 1
+        assert timed(1) == found and len(calls) == count
+        assert timed(2) == found and len(calls) == 2 * count
         calls.clear()
+
+
+@pytest.mark.parametrize("supported", [False, True])
+def test_a_processor_without_bfloat16_has_its_weights_as_stored(
+    supported: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    assert packed_module.ways(torch.bfloat16)[0] == ("blocks" if supported else "stored")
+    assert packed_module.ways(torch.float32)[:2] == ("stored", "blocks")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -178,6 +193,8 @@ def test_packed_adapter_agrees_with_the_plain_one(
     pays: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where that pays the matrices are packed, of one sequence and of several."""
+    if pays and "blocks" not in ways(dtype):
+        pytest.skip(f"oneDNN has no blocks of {dtype} on this processor")
     # Either matrix may be the one for which it does not.
     monkeypatch.setattr(packed_module, "pays", lambda d_out, d_in, dtype: pays or d_out == rank)
     rank = 16

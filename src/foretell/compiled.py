@@ -21,6 +21,7 @@ from foretell.base import Base
 from foretell.block_graph import Call, Parts, tensors_of, trace_block
 from foretell.errors import ForetellError
 from foretell.gated_lora import GatedLoRA
+from foretell.packed import PackedLinear
 
 
 class Form(NamedTuple):
@@ -78,7 +79,7 @@ def why_not(base: Base, adapter: GatedLoRA) -> str | None:
 class CompiledSteps:
     """The base's blocks can run compiled until `remove`: `compiling` makes their graphs, `running` uses them.
 
-    The base must stay as it is from then on: not moved, cast or trained.
+    The base must stay as it is from then on: not moved, cast or trained. Weights that lie in 16 bits become tensors.
     Raises ForetellError where that can't be done.
     """
 
@@ -88,6 +89,11 @@ class CompiledSteps:
         self.run: Running | None = None
         self.compiled_now: CompiledNow | None = None
         self.base, self.adapter = base, adapter
+        linears = (module for module in base.blocks.modules() if isinstance(module, PackedLinear))
+        if halves := [linear.product for linear in linears if linear.product.way == "halves"]:
+            adapter.forget_terms()  # made for them
+            for product in halves:
+                product.to_tensors()
         self.blocks = [
             CompiledBlock(number, self, Parts(block, adapter.of_block(number)))
             for number, block in enumerate(base.blocks)

@@ -190,13 +190,14 @@ class GatedLoRA(nn.Module):
             adapter = cast(LowRank, low_rank)
             if not self.gated or adapter.a.requires_grad:
                 yield Term(name, module, adapter)
-            elif isinstance(module, PackedLinear) and module.product.weight.dtype == adapter.a.dtype:
+            elif isinstance(module, PackedLinear) and module.product.dtype == adapter.a.dtype:
                 together.setdefault(module.product, []).append((module.index, name, adapter))
             else:
                 fused = FusedLowRank([len(adapter.b)], {0: (adapter.a, adapter.b)}, self.scale)
                 yield Term(name, module, adapter, fused)
         for product, own in together.items():
-            matrices = {index: (adapter.a, adapter.b) for index, _, adapter in own}
+            dtype = product.arithmetic
+            matrices = {index: (adapter.a.to(dtype), adapter.b.to(dtype)) for index, _, adapter in own}
             _, name, adapter = own[0]
             yield Term(name, product, adapter, FusedLowRank(product.sizes, matrices, self.scale, product))
 
@@ -215,12 +216,16 @@ class GatedLoRA(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Moved or cast: the hooks hold copies of what the parameters were.
         attached = bool(self._handles)
-        self.remove()
-        self._terms.clear()
+        self.forget_terms()
         super()._apply(fn, recurse)
         if attached:
             self.attach()
         return self
+
+    def forget_terms(self) -> None:
+        """What acts on the base is made anew when it is needed, as after a change of the base's products."""
+        self.remove()
+        self._terms.clear()
 
     def remove(self) -> None:
         """Takes the hooks off the base; the next forward with masks brings them back."""

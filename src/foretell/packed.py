@@ -2,8 +2,9 @@
 
 A step of decoding multiplies each weight with a handful of rows. PyTorch hands such products to its BLAS, which reads a
 weight as it was stored; oneDNN, once it has laid the weight out in blocks of its own, is up to five times as fast on
-one processor and three times as slow on another (docs/experiments.md), so both are timed. The numbers are the same and
-so is the product, but for the order in which it is summed.
+one processor and three times as slow on another; and most weights need but 16 bits (`half_weights`), which is another
+factor of two (docs/experiments.md). So all are timed. The numbers are the same and so is the product, but for the order
+in which it is summed.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Literal, cast
 from weakref import ReferenceType, ref
 
 import torch
@@ -19,13 +21,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from foretell import half_weights
 from foretell.errors import ForetellError
+from foretell.half_weights import HalfWeight, scale_of
 
+Way = Literal["stored", "blocks", "halves"]
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
 # A product of a few rows takes 25 to 35 microseconds in the midst of a step, however small it is. Other rows below a
 # weight cost every step what it takes to read them; below a large weight they cost more than their share.
 JOINED_BYTES, JOINS_NUMBERS = 2**17, 2**21
-# Both ways of making a product are timed with so many rows, by turns, over several weights of so many bytes in all.
+# All ways of making a product are timed with so many rows, by turns, over several weights of so many bytes in all.
 TRIED_ROWS, TRIED_BYTES, TRIED_WEIGHTS, TRIED_ROUNDS = (1, 5, 17), 2**24, 16, 5
 
 
@@ -51,37 +56,78 @@ def product(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
-def pays(d_out: int, d_in: int, dtype: torch.dtype) -> bool:
-    """Whether a weight (d_out, d_in) is multiplied faster in oneDNN's blocks than as stored.
+def ways(dtype: torch.dtype) -> tuple[Way, ...]:
+    """How weights of that dtype may lie here; the first is one in which all can.
 
-    In bfloat16 it is: PyTorch's own products are oneDNN's then, on a weight laid out anew for each. In float32 both
-    ways are timed with as many threads as now, once in a process for each shape: some hundredths of a second.
+    In bfloat16 PyTorch's own products are oneDNN's, on a weight laid out anew for each, so that as stored none is
+    faster; but on a processor without instructions for them, where oneDNN has no blocks either.
     """
-    return dtype != torch.float32 or _pays(d_out, d_in, dtype, torch.get_num_threads())
+    halves: tuple[Way, ...] = ("halves",) if half_weights.available() else ()
+    if dtype == torch.float32:
+        return "stored", "blocks", *halves
+    return "blocks" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "stored", *halves
+
+
+def fastest(d_out: int, d_in: int, dtype: torch.dtype) -> tuple[Way, ...]:
+    """The ways in which a weight (d_out, d_in) may lie, the fastest first.
+
+    They are timed with as many threads as now, once in a process for each shape: some hundredths of a second.
+    """
+    possible = ways(dtype)
+    return _timed(possible, d_out, d_in, dtype, torch.get_num_threads()) if len(possible) > 1 else possible
+
+
+def pays(d_out: int, d_in: int, dtype: torch.dtype) -> bool:
+    """Whether a weight (d_out, d_in) is multiplied faster in oneDNN's blocks than as stored."""
+    return next(way for way in fastest(d_out, d_in, dtype) if way != "halves") == "blocks"
+
+
+def laid_out(
+    weights: Sequence[Tensor], bias: Tensor | None, way: Way, kept: bool = False
+) -> Tensor | HalfWeight | None:
+    """Weights (d_out, d_in) one below the other as they lie then, None if they can't.
+
+    A `HalfWeight` has the bias in it. In memory of their own, unless a single one is `kept` as it is stored.
+    """
+    whole = torch.cat([weight.detach() for weight in weights]) if len(weights) > 1 else weights[0].detach()
+    if way == "halves":
+        scale = scale_of(whole)
+        return None if scale is None else HalfWeight(whole, bias, scale)
+    if way == "blocks":
+        return reorder(whole)
+    return whole if kept or len(weights) > 1 else whole.clone()
+
+
+def multiply(x: Tensor, weight: Tensor | HalfWeight, bias: Tensor | None, way: Way) -> Tensor:
+    """x (..., d_in) -> x W^T + bias (..., d_out) for W as `laid_out` made it; of a `HalfWeight` in float32."""
+    if isinstance(weight, HalfWeight):
+        return weight.multiply(x.float())
+    return (product if way == "blocks" else F.linear)(x, weight, bias)  # tracing, blocks don't show
 
 
 @cache
 @torch.inference_mode()
-def _pays(d_out: int, d_in: int, dtype: torch.dtype, threads: int) -> bool:
-    """Timed; `threads` only tells results apart."""
+def _timed(possible: tuple[Way, ...], d_out: int, d_in: int, dtype: torch.dtype, threads: int) -> tuple[Way, ...]:
+    """Timed, the fastest first; `threads` only tells results apart."""
     row = d_in * dtype.itemsize  # bytes
     d_out = max(1, min(d_out, TRIED_BYTES // row))  # a part tells of a large one
     count = min(TRIED_WEIGHTS, max(1, TRIED_BYTES // (d_out * row)))  # small ones should not all lie in the cache
-    stored = [torch.ones(d_out, d_in, dtype=dtype) for _ in range(count)]
-    packed = [reorder(weight) for weight in stored]
-    gain = 0.0
+    weights = {
+        way: [laid_out(torch.ones(d_out, d_in, dtype=dtype), None, way) for _ in range(count)] for way in possible
+    }
+    took = dict.fromkeys(possible, 0.0)  # logarithms, so that every number of rows counts the same
     for rows in TRIED_ROWS:
         x = torch.ones(1, rows, d_in, dtype=dtype)
-        # A disturbance only ever adds.
-        best = [math.inf, math.inf]
+        best = dict.fromkeys(possible, math.inf)  # a disturbance only ever adds
         for _ in range(TRIED_ROUNDS):
-            for way, (multiply, weights) in enumerate(((F.linear, stored), (product, packed))):
+            for way in possible:
                 start = time.perf_counter()
-                for weight in weights:
-                    multiply(x, weight)
+                for weight in weights[way]:
+                    multiply(x, weight, None, way).to(dtype)
                 best[way] = min(best[way], time.perf_counter() - start)
-        gain += math.log(best[0] / best[1])
-    return gain > 0
+        for way in possible:
+            took[way] += math.log(best[way])
+    return tuple(sorted(possible, key=took.__getitem__))
 
 
 class PackedProduct:
@@ -93,25 +139,41 @@ class PackedProduct:
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], kept: bool = False) -> None:
         """`kept`: the one weight stays in memory in any case, and needs no copy if it is multiplied as stored."""
         self.sizes = [len(weight) for weight in weights]
-        # In oneDNN's blocks, else as stored.
-        self.blocked = pays(sum(self.sizes), weights[0].shape[1], weights[0].dtype)
-        self.weight = weights[0] if kept and not self.blocked else self._arranged(weights)
+        self.dtype = weights[0].dtype
         there = [bias.detach() for bias in biases if bias is not None]
         self.bias = torch.cat(there) if there else None
+        self.way, self.weight = next(
+            (way, laid)
+            for way in fastest(sum(self.sizes), weights[0].shape[1], self.dtype)
+            if (laid := laid_out(weights, self.bias, way, kept)) is not None
+        )
         self.joined = 0  # rows below the weights that are not theirs
         self.added: list[Callable[[Tensor, Tensor], None]] = []  # each, given x and what is made of it, adds to that
         self._joined_by: ReferenceType[object] | None = None
         self._made: tuple[Tensor, dict[int, Tensor]] | None = None  # an x and what linears have yet to take of it
 
-    def _arranged(self, weights: Sequence[Tensor]) -> Tensor:
-        """One below the other, in memory of their own."""
-        if self.blocked:
-            return reorder(torch.cat(list(weights)) if len(weights) > 1 else weights[0])
-        return torch.cat([weight.detach() for weight in weights])
+    @property
+    def arithmetic(self) -> torch.dtype:
+        """Of what is made, and of what is `added` to it."""
+        return torch.float32 if self.way == "halves" else self.dtype
+
+    def to_tensors(self) -> None:
+        """The weights lie in a tensor from here on, as compiled code wants them. What was joined to them is gone."""
+        if self.way == "halves":
+            weights, biases = self.weights, self.biases
+            self.bias = None if biases is None else torch.cat(biases)
+            self.joined, self._joined_by = 0, None
+            self.way = "blocks" if pays(sum(self.sizes), weights[0].shape[1], self.dtype) else "stored"
+            self.weight = cast(Tensor, laid_out(weights, self.bias, self.way))
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The weight as it is multiplied and, if there is one, the bias."""
+        """The weight as it is multiplied and, if there is one, the bias.
+
+        Raises ForetellError where it lies in halves.
+        """
+        if isinstance(self.weight, HalfWeight):
+            raise ForetellError("its weights lie in 16 bits each, which is no tensor")
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
     @tensors.setter
@@ -122,7 +184,7 @@ class PackedProduct:
 
     @property
     def weights(self) -> tuple[Tensor, ...]:
-        """(d_out, d_in) of every linear, taken out of oneDNN's blocks anew at each call."""
+        """(d_out, d_in) of every linear, taken out of how they lie anew at each call."""
         return self.weight.to_dense()[: sum(self.sizes)].split(self.sizes)
 
     @property
@@ -137,13 +199,16 @@ class PackedProduct:
         less or another's rows are there.
         """
         small = rows.numel() * rows.element_size() <= JOINED_BYTES and self.weight.numel() <= JOINS_NUMBERS
-        if not small or rows.dtype != self.weight.dtype or (self._joined_by is not None and self._joined_by()):
+        if not small or rows.dtype != self.arithmetic or (self._joined_by is not None and self._joined_by()):
             return False
-        own = self.weight.to_dense()[: sum(self.sizes)]
-        self.weight, self.joined, self._joined_by = self._arranged([own, rows]), len(rows), ref(by)
-        if self.bias is not None:
-            own_bias = self.bias[: sum(self.sizes)]
-            self.bias = torch.cat([own_bias, own_bias.new_zeros(len(rows))])
+        count, bias = sum(self.sizes), self.bias
+        if bias is not None:
+            bias = torch.cat([bias[:count], bias.new_zeros(len(rows))])
+        laid = laid_out([self.weight.to_dense()[:count], rows.to(self.dtype)], bias, self.way)
+        if laid is None:  # the rows' numbers need more than 16 bits
+            return False
+        self.weight, self.bias = laid, bias
+        self.joined, self._joined_by = len(rows), ref(by)
         return True
 
     def part(self, x: Tensor, index: int) -> Tensor:
@@ -167,10 +232,12 @@ class PackedProduct:
 
     def make(self, x: Tensor) -> Tensor:
         """x (..., d_in) -> what all linears make of it side by side, and x times the rows joined to them."""
-        made = (product if self.blocked else F.linear)(x, self.weight, self.bias)
-        for add in self.added:
-            add(x, made)
-        return made
+        made = multiply(x, self.weight, self.bias, self.way)
+        if self.added:
+            x = x.to(made.dtype)
+            for add in self.added:
+                add(x, made)
+        return made.to(self.dtype)
 
 
 class PackedLinear(nn.Module):

@@ -248,11 +248,16 @@ def adapter_seconds(model: MTPModel, masks: int, context: int, rounds: int) -> f
 def held_bytes(base: Base) -> int:
     """What its weights take in memory now; of those that are mapped, the pages that were read."""
     linears = [m for m in base.modules() if isinstance(m, PackedLinear)]
-    packed = sum(m.in_features * m.out_features for m in linears if m.product.weight is not m.kept)
+    bytes_each = {"halves": 2}  # of a number
+    packed = sum(
+        m.in_features * m.out_features * bytes_each.get(m.product.way, base.dtype.itemsize)
+        for m in linears
+        if m.product.weight is not m.kept
+    )
     kept = [m.kept for m in linears if m.kept is not None]
     weights = {id(weight): weight for weight in (*base.parameters(), *kept)}.values()
     size, there = mapped.resident(weights)
-    return sum(weight.nbytes for weight in weights) - size + there + packed * base.dtype.itemsize
+    return sum(weight.nbytes for weight in weights) - size + there + packed
 
 
 def memory(model: MTPModel, columns: int, peak: list[int], held: int) -> Memory | None:

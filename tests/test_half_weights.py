@@ -1,0 +1,156 @@
+"""Weights of 16 bits multiplied in float32: no number changed, the same text, and left alone where a number would."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from foretell.base import Base
+from foretell.config import STRATEGIES, MTPConfig
+from foretell.decoding.compiling import compile_steps
+from foretell.decoding.generate import MTPForCausalLM
+from foretell.errors import ForetellError
+from foretell.half_weights import HalfWeight, available, scale_of
+from foretell.layout import plain, quadratic
+from foretell.lean import make_of
+from foretell.packed import PackedLinear, PackedProduct
+
+from .decoded import decode
+from .lying import in_16_bits, lying
+from .models import CONFIGS, random_prompt, reference, tiny_lm
+from .test_lean import LEAN, step
+
+pytestmark = pytest.mark.skipif(not available(), reason="PyTorch without FBGEMM")
+
+
+@pytest.fixture(autouse=True)
+def halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    lying("halves", monkeypatch)
+
+
+def numbers(spread: float, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """(40, 64), rounded to dtype, in float32."""
+    return (torch.randn(40, 64, generator=torch.Generator().manual_seed(0)) * spread).to(dtype).float()
+
+
+@pytest.mark.parametrize("spread", [1e-30, 1e-9, 1e-4, 0.02, 1.0, 1e6, 1e30])
+@pytest.mark.parametrize("bias", [False, True])
+def test_bfloat16_numbers_of_any_size_are_kept(spread: float, bias: bool) -> None:
+    weight = numbers(spread)
+    scale = scale_of(weight)
+    assert scale is not None and scale_of(weight.bfloat16()) == scale
+    half = HalfWeight(weight, torch.full((40,), 8 * spread) if bias else None, scale)
+    lost = (half.to_dense() - weight).abs().sum(1) / weight.abs().sum(1)
+    assert lost.max() <= 2.0**-24
+    x = torch.randn(3, 64)
+    expected = x.double() @ weight.double().t() + (8 * spread if bias else 0)
+    torch.testing.assert_close(half.multiply(x).double(), expected, rtol=1e-5, atol=1e-5 * spread)
+
+
+@pytest.mark.parametrize("spread", [1e-7, 0.02, 100.0])
+def test_float16_numbers_are_kept(spread: float) -> None:
+    weight = numbers(spread, torch.float16)
+    scale = scale_of(weight)
+    assert scale is not None and torch.equal(HalfWeight(weight, None, scale).to_dense(), weight)
+
+
+def test_other_numbers_are_refused() -> None:
+    weight = numbers(1.0)
+    for number in (1 + 2.0**-12, float("nan"), float("inf")):
+        other = weight.clone()
+        other[30, 5] = number
+        assert scale_of(other) is None
+    assert scale_of(numbers(0.02, torch.float32)) is None
+    wide = torch.diag(2.0 ** torch.arange(-60.0, 60.0))  # every row has a size of its own
+    assert scale_of(wide) is None
+    assert scale_of(torch.zeros(3, 4)) == 1.0
+
+
+def model_of(name: str, dtype: torch.dtype = torch.float32) -> MTPForCausalLM:
+    base = Base(in_16_bits(tiny_lm(name)).to(dtype))
+    base.pack(lambda: in_16_bits(tiny_lm(name)).to(dtype))
+    model = MTPForCausalLM(base, MTPConfig(masks=4, rank=4, alpha=8.0))
+    torch.manual_seed(1)
+    for parameter in model.own_parameters().values():
+        nn.init.normal_(parameter, std=0.2)
+    in_16_bits(model.adapter)
+    return model.for_inference()  # type: ignore[return-value]
+
+
+def products(model: MTPForCausalLM) -> list[PackedProduct]:
+    linears = (module for module in model.base.lm.modules() if isinstance(module, PackedLinear))
+    return list(dict.fromkeys(linear.product for linear in linears))
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_every_architecture_writes_what_it_wrote_before(name: str) -> None:
+    model = model_of(name)
+    assert {product.way for product in products(model)} == {"halves"}
+    prompts = [random_prompt(length, seed=length) for length in (3, 33)]
+    expected = [reference(in_16_bits(tiny_lm(name)), prompt, 40) for prompt in prompts]
+    for strategy in STRATEGIES:
+        assert decode(model, prompts, strategy, 40, replayed=expected).texts == expected, strategy
+    joined = [term.fused.joined for term in model.adapter.terms if term.fused]
+    assert any(joined) or not any(isinstance(term.site, PackedProduct) for term in model.adapter.terms)
+    assert {product.way for product in products(model)} == {"halves"}
+
+
+@pytest.mark.parametrize("name", LEAN)
+def test_bfloat16_steps_are_lean_and_adapted_in_float32(name: str) -> None:
+    model = model_of(name, torch.bfloat16)
+    assert {product.way for product in products(model)} == {"halves"} and make_of(model.base) is not None
+    assert {term.fused.dtype for term in model.adapter.terms if term.fused} == {torch.float32}
+    for layout in (plain(), plain(4), quadratic(3, 3)):
+        lean = step(model, layout, [40, 9])
+        with model.base.by_modules():
+            for one, other in zip(lean, step(model, layout, [40, 9]), strict=True):
+                assert torch.equal(one, other)
+
+
+def test_rows_that_need_more_bits_are_not_joined() -> None:
+    linear = in_16_bits(nn.Linear(16, 24))
+    product = PackedProduct([linear.weight], [linear.bias])
+    by = nn.Identity()
+    assert product.way == "halves" and product.arithmetic == torch.float32
+    assert not product.join(torch.full((3, 16), 1 + 2.0**-20), by)
+    assert product.joined == 0 and torch.equal(product.weights[0], linear.weight)
+    assert product.join(torch.ones(3, 16), by) and product.joined == 3
+    x = torch.randn(2, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(product.part(x, 0), linear(x))
+        torch.testing.assert_close(product.make(x)[:, -3:], x.sum(1, keepdim=True).expand(2, 3))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_compiled_code_gets_tensors(bias: bool) -> None:
+    linears = [in_16_bits(nn.Linear(16, size, bias=bias)) for size in (24, 8)]
+    product = PackedProduct([linear.weight for linear in linears], [linear.bias for linear in linears])
+    with pytest.raises(ForetellError, match="16 bits"):
+        _ = product.tensors
+    assert product.join(torch.ones(3, 16), nn.Identity())
+    product.to_tensors()
+    assert product.way != "halves" and len(product.tensors) == 1 + bias and product.joined == 0
+    x = torch.randn(2, 16)
+    with torch.no_grad():
+        for number, linear in enumerate(linears):
+            torch.testing.assert_close(product.part(x, number), linear(x))
+
+
+def test_a_model_is_compiled_and_writes_the_same() -> None:
+    model = model_of("llama")
+    prompt = random_prompt(9)
+    expected = [reference(in_16_bits(tiny_lm("llama")), prompt, 30)]
+    reason = compile_steps(model)
+    if reason and "no C++ compiler" in reason:
+        pytest.skip("no C++ compiler")
+    assert reason is None
+    for strategy in ("autoregressive", "quadratic"):
+        assert decode(model, [prompt], strategy, 30, replayed=expected).texts == expected
+
+
+def test_it_can_be_copied() -> None:
+    half = HalfWeight(numbers(1.0), None, 1.0)
+    assert torch.equal(copy.deepcopy(half).to_dense(), half.to_dense())
