@@ -112,9 +112,8 @@ def _timed(possible: tuple[Way, ...], d_out: int, d_in: int, dtype: torch.dtype,
     row = d_in * dtype.itemsize  # bytes
     d_out = max(1, min(d_out, TRIED_BYTES // row))  # a part tells of a large one
     count = min(TRIED_WEIGHTS, max(1, TRIED_BYTES // (d_out * row)))  # small ones should not all lie in the cache
-    weights = {
-        way: [laid_out(torch.ones(d_out, d_in, dtype=dtype), None, way) for _ in range(count)] for way in possible
-    }
+    stored = [torch.ones(d_out, d_in, dtype=dtype) for _ in range(count)]
+    weights = {way: [laid for one in stored if (laid := laid_out([one], None, way)) is not None] for way in possible}
     took = dict.fromkeys(possible, 0.0)  # logarithms, so that every number of rows counts the same
     for rows in TRIED_ROWS:
         x = torch.ones(1, rows, d_in, dtype=dtype)
