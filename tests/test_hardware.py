@@ -13,10 +13,12 @@ from foretell import hardware
     [
         ("fpu avx512_bf16 amx_bf16", "Chip 9000, AMX"),
         ("fpu avx512_bf16", "Chip 9000, AVX-512 bf16"),
-        ("fpu avx2", "Chip 9000"),
+        ("fpu avx512f avx2", "Chip 9000, AVX-512"),
+        ("fpu avx2", "Chip 9000, AVX2"),
+        ("fpu neon", "Chip 9000"),
     ],
 )
-def test_a_processor_has_its_name_and_what_multiplies_bfloat16(tmp_path: Path, flags: str, expected: str) -> None:
+def test_a_processor_has_its_name_and_what_it_multiplies_with(tmp_path: Path, flags: str, expected: str) -> None:
     (tmp_path / "cpuinfo").write_text(
         f"processor\t: 0\nmodel name\t: Chip 9000\nflags\t\t: {flags}\n\nmodel name : Other\n"
     )

@@ -19,6 +19,7 @@ from foretell.config import STRATEGIES, MTPConfig
 from foretell.decoding.generate import MTPForCausalLM
 from foretell.errors import ForetellError
 from foretell.gated_lora import GatedLoRA, LowRank, Target
+from foretell.half_weights import available
 from foretell.packed import PackedLinear, pack, ways, why_not
 from foretell.packed_rows import PackedEmbedding
 
@@ -113,6 +114,7 @@ def test_a_processor_without_bfloat16_has_its_weights_as_stored(
 ) -> None:
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
     assert packed_module.ways(torch.bfloat16)[0] == ("blocks" if supported else "stored")
+    assert ("halves" in packed_module.ways(torch.bfloat16)) == (available() and not supported)
     assert packed_module.ways(torch.float32)[:2] == ("stored", "blocks")
 
 

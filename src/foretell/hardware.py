@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 
 CPUINFO = Path("/proc/cpuinfo")
+UNITS = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 bf16", "avx512f": "AVX-512", "avx2": "AVX2"}
 
 
 def device_name(device: torch.device) -> str:
-    """A GPU's name, or the processor's with what multiplies matrices in bfloat16 there, if it has that."""
+    """A GPU's name, or the processor's with the best that it has to multiply matrices with."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else processor(CPUINFO)
 
 
@@ -28,5 +29,5 @@ def processor(cpuinfo: Path) -> str:
         pass
     name = facts.get("model name") or platform.processor() or platform.machine()
     flags = facts.get("flags", "").split()
-    units = next((unit for flag, unit in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX-512 bf16")) if flag in flags), None)
+    units = next((unit for flag, unit in UNITS.items() if flag in flags), None)
     return f"{name}, {units}" if units else name

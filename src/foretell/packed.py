@@ -57,15 +57,15 @@ def product(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def ways(dtype: torch.dtype) -> tuple[Way, ...]:
-    """How weights of that dtype may lie here; the first is one in which all can.
+    """How weights of that dtype may lie here; in the first all can.
 
-    In bfloat16 PyTorch's own products are oneDNN's, on a weight laid out anew for each, so that as stored none is
-    faster; but on a processor without instructions for them, where oneDNN has no blocks either.
+    In bfloat16 PyTorch's own products are oneDNN's, on a weight laid out anew for each, so that blocks are the faster.
+    A processor without instructions for them has no blocks either, and multiplies row by row.
     """
     halves: tuple[Way, ...] = ("halves",) if half_weights.available() else ()
     if dtype == torch.float32:
         return "stored", "blocks", *halves
-    return "blocks" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "stored", *halves
+    return ("blocks",) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else ("stored", *halves)
 
 
 def fastest(d_out: int, d_in: int, dtype: torch.dtype) -> tuple[Way, ...]:

@@ -127,6 +127,8 @@ def random_llama(shape: str, dtype: torch.dtype, device: torch.device, seed: int
     if not config.tie_word_embeddings:
         # Token t's likeliest successor is t + 1: each row of the head is the embedding of the token before.
         lm.lm_head.weight.copy_(lm.model.embed_tokens.weight.roll(1, 0))
+    for parameter in lm.parameters():
+        parameter.copy_(parameter.bfloat16())  # as models are published, whatever they are loaded in
     lm.config._name_or_path = f"random-{shape}"
     return lm.eval()
 
