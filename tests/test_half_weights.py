@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from foretell import base as base_module
 from foretell.base import Base
 from foretell.config import STRATEGIES, MTPConfig
 from foretell.decoding.compiling import compile_steps
@@ -17,11 +18,13 @@ from foretell.half_weights import HalfWeight, available, scale_of
 from foretell.layout import plain, quadratic
 from foretell.lean import make_of
 from foretell.packed import PackedLinear, PackedProduct
+from foretell.packed_rows import PackedEmbedding, RoundRows, round_rows_of
 
 from .decoded import decode
 from .lying import in_16_bits, lying
 from .models import CONFIGS, random_prompt, reference, tiny_lm
 from .test_lean import LEAN, step
+from .test_packed_rows import tied_lm
 
 pytestmark = pytest.mark.skipif(not available(), reason="PyTorch without FBGEMM")
 
@@ -151,6 +154,30 @@ def test_a_model_is_compiled_and_writes_the_same() -> None:
     assert reason is None
     for strategy in ("autoregressive", "quadratic"):
         assert decode(model, [prompt], strategy, 30, replayed=expected).texts == expected
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])  # Gemma scales what it looks up
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_embedding_of_16_bits_is_kept_in_as_many(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base_module, "LARGE_UNEMBEDDING", 0)
+    rounded = tied_lm(name).to(dtype).float()
+    plain, base = Base(copy.deepcopy(rounded)), Base(copy.deepcopy(rounded))
+    base.pack(lambda: rounded)
+    ids = torch.arange(base.vocab_size)
+    assert isinstance(base.head, PackedLinear) and base.head.kept is None and isinstance(base.head.read, RoundRows)
+    assert base.head.read.rounded.dtype == dtype and isinstance(base.embedding, PackedEmbedding)
+    assert torch.equal(base.embed(ids), plain.embed(ids))
+    assert torch.equal(base.unembedding_rows(ids), plain.unembedding_rows(ids))
+    assert base.fingerprint() == plain.fingerprint()
+
+
+def test_an_embedding_that_needs_more_bits_stays() -> None:
+    weight = torch.ones(2000, 4)
+    assert round_rows_of(weight) is not None and round_rows_of(weight.bfloat16()) is None
+    weight[1500, 2] = 1 + 2.0**-20
+    assert round_rows_of(weight) is None
 
 
 def test_it_can_be_copied() -> None:

@@ -21,7 +21,7 @@ from foretell.grouped_attention import can_group, grouped
 from foretell.lean import LeanSteps, make_of
 from foretell.mapped import give_back, separate
 from foretell.packed import PackedLinear, pack, why_not
-from foretell.packed_rows import PackedEmbedding, rows_of
+from foretell.packed_rows import PackedEmbedding, round_rows_of, rows_of
 
 CONFIG_FILE = "foretell.json"  # of a model of ours
 LARGE_UNEMBEDDING = 2**24  # bytes, from which it is not there twice: rows take longer to read out of oneDNN's blocks
@@ -103,11 +103,16 @@ class Base(nn.Module):
 
     def _give_up_unembedding(self) -> None:
         """Drops the weight that the packed unembedding kept, and with it a tied embedding's, where the rows of both can
-        be read out of the packed one."""
+        be read out of the packed one, or out of a copy of half its size."""
         head, embedding = self.head, self.embedding
         if not isinstance(head, PackedLinear) or head.kept is None or head.kept.nbytes < LARGE_UNEMBEDDING:
             return
-        if head.product.way != "blocks" or (rows := rows_of(head.product.tensors[0], head.kept)) is None:
+        rows: Callable[[Tensor], Tensor] | None = None
+        if head.product.way == "blocks":
+            rows = rows_of(head.product.tensors[0], head.kept)
+        elif head.product.way == "halves":
+            rows = round_rows_of(head.kept)
+        if rows is None:
             return
         tied, head.read = embedding.weight is head.kept, rows
         if tied:

@@ -1,9 +1,9 @@
-"""Single rows of a weight that lies in oneDNN's blocks, read where they lie.
+"""Single rows of a weight that lies as it is multiplied fastest.
 
 A tied unembedding is multiplied with latents and, as the embedding, read row by row. With this it need not be there
-twice. Tensors in blocks are opaque, but the numbers of a row lie at even distances, and so do the rows of a block.
-Which distances, a small weight of the same width tells, whose numbers are numbered; then the real one's rows are
-compared.
+twice as it was. Tensors in oneDNN's blocks are opaque, but the numbers of a row lie at even distances, and so do the
+rows of a block. Which distances, a small weight of the same width tells, whose numbers are numbered; then the real
+one's rows are compared. FBGEMM's can't be read, but numbers that need but 16 bits are kept in as many.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ import ctypes
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from foretell.packed import PackedLinear, reorder
 
 INTEGERS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 PROBED = 256  # rows, some blocks of them
+COMPARED = 1024  # rows at a time
 
 
 class PackedRows:
@@ -32,6 +34,16 @@ class PackedRows:
         block = self.memory.shape[1]
         rows = self.memory[ids // block, ids % block].contiguous()  # of a single id it would be a view
         return rows.view(self._packed.dtype)[..., : self.d_in]
+
+
+class RoundRows:
+    """ids (...,) int64 -> the rows (..., d_in) of a weight whose numbers need but 16 bits and have more."""
+
+    def __init__(self, rounded: Tensor, dtype: torch.dtype) -> None:
+        self.rounded, self.dtype = rounded, dtype
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.rounded).to(self.dtype)
 
 
 class PackedEmbedding(nn.Module):
@@ -75,6 +87,18 @@ def rows_of(packed: Tensor, weight: Tensor) -> PackedRows | None:
     ids = (blocks * block + blocks % block).clamp(max=d_out - 1)
     integers = INTEGERS[weight.dtype]
     return found if torch.equal(found(ids).view(integers), weight[ids].view(integers)) else None
+
+
+def round_rows_of(weight: Tensor) -> RoundRows | None:
+    """Reads rows of weight (d_out, d_in) out of a copy in 16 bits; None if it has no more, or if they need more."""
+    if weight.itemsize <= 2:
+        return None
+    for dtype in (torch.bfloat16, torch.float16):
+        rounded = weight.to(dtype)
+        parts = zip(rounded.split(COMPARED), weight.split(COMPARED), strict=True)
+        if all(torch.equal(one.to(weight.dtype), other) for one, other in parts):
+            return RoundRows(rounded, weight.dtype)
+    return None
 
 
 def _places(probe: Tensor, along: int) -> Tensor | None:

@@ -27,6 +27,7 @@ from foretell.layout import quadratic
 from foretell.lean import LeanSteps
 from foretell.model import MTPModel, step_attention
 from foretell.packed import PackedLinear
+from foretell.packed_rows import RoundRows
 
 FORWARD, UNEMBED, DRAFT = "forward", "unembed", "draft"
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -255,6 +256,7 @@ def held_bytes(base: Base) -> int:
         if m.product.weight is not m.kept
     )
     kept = [m.kept for m in linears if m.kept is not None]
+    kept += [m.read.rounded for m in linears if isinstance(m.read, RoundRows)]
     weights = {id(weight): weight for weight in (*base.parameters(), *kept)}.values()
     size, there = mapped.resident(weights)
     return sum(weight.nbytes for weight in weights) - size + there + packed
