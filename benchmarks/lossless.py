@@ -1,7 +1,8 @@
 """Is the output the base's own? Every architecture, strategy, batch and kind of drafts against `generate()`, in fp32.
 
 Tiny random models on a CPU, those of the tests: nothing is downloaded. Writes benchmarks/results/lossless.json, with
-`--compiled` lossless_compiled.json, after every architecture, and ends with exit code 1 if a single token differs.
+`--packed` lossless_packed.json, with `--compiled` lossless_compiled.json, after every architecture, and ends with exit
+code 1 if a single token differs.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import platform
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -31,6 +33,7 @@ from foretell.compiled import Form
 from foretell.config import STRATEGIES
 from foretell.decoding.compiling import compile_steps
 from foretell.decoding.generate import MTPForCausalLM
+from foretell.packed import PackedLinear
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the architectures are those of the tests
@@ -74,6 +77,7 @@ class Row:
     eager: str | None = None  # why its steps were not compiled
     graphs: int = 0  # compiled for its blocks
     blocks_run: dict[str, int] = field(default_factory=dict)  # compiled, by the form of their step
+    ways: dict[str, int] = field(default_factory=dict)  # packed products, by how their weights lie
     date: str = ""
 
 
@@ -102,29 +106,42 @@ def model_and_prompts(architecture: str, drafts: str) -> tuple[MTPForCausalLM, l
     return model, [known, known[:, 5:17], *(random_prompt(length, seed=length) for length in LENGTHS[1:3])]
 
 
-def compiled(model: MTPForCausalLM) -> tuple[MTPForCausalLM, str | None]:
-    """The same model, its base packed and its steps compiled, and the reason if they stay eager."""
+@torch.no_grad()
+def rounded(model: MTPForCausalLM) -> None:
+    """Gives all weights numbers of 16 bits, as published models have them."""
+    for parameter in model.parameters():
+        parameter.copy_(parameter.bfloat16())
+
+
+def packed(model: MTPForCausalLM) -> MTPForCausalLM:
+    """The same model, its base packed."""
     base = Base(copy.deepcopy(model.base.lm))
     base.pack(lambda: model.base.lm)
     other = MTPForCausalLM(base, model.config)
     for own, given in zip(other.own_parameters().values(), model.own_parameters().values(), strict=True):
         own.data.copy_(given)
     other.for_inference()
-    return other, compile_steps(other)
+    return other
 
 
-def compare(architecture: str, drafts: str, new: int, compiling: bool) -> list[Row]:
+def compare(architecture: str, drafts: str, new: int, packing: bool, compiling: bool) -> list[Row]:
     """A row for the prompts one by one, and one for all of them as a ragged batch."""
     model, prompts = model_and_prompts(architecture, drafts)
+    if packing:
+        rounded(model)
     expected = [reference(model.base.lm, prompt, new) for prompt in prompts]
     distinct = len(set().union(*expected))
-    model, eager = compiled(model) if compiling else (model, None)
+    model = packed(model) if packing or compiling else model
+    eager = compile_steps(model) if compiling else None
+    products = {module.product for module in model.base.modules() if isinstance(module, PackedLinear)}
+    ways = dict(Counter(product.way for product in products))
     blocks = model.compiled.blocks if model.compiled else []
     graphs = len({id(graph) for block in blocks for graph in block.graphs.values()})
     ran = count_compiled(model)
     rows = []
     for batch, groups in (("single", [[i] for i in range(len(prompts))]), ("ragged", [list(range(len(prompts)))])):
         row = Row(architecture, drafts, batch, {strategy: Count() for strategy in STRATEGIES}, distinct, eager, graphs)
+        row.ways = ways
         row.date = datetime.now(UTC).isoformat(timespec="seconds")
         for strategy, group in ((strategy, group) for strategy in STRATEGIES for group in groups):
             wanted = [expected[i] for i in group]
@@ -203,10 +220,12 @@ def main() -> None:
         help="only these; rows of others stay in the result",
     )
     parser.add_argument("--drafts", nargs="+", choices=DRAFTS, metavar="KIND", help="all; with --compiled: replayed")
+    parser.add_argument("--packed", action="store_true", help="with packed bases whose weights are of 16 bits")
     parser.add_argument("--compiled", action="store_true", help="with packed bases, and compiled steps where possible")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    path = options.output or RESULTS / ("lossless_compiled.json" if options.compiled else "lossless.json")
+    kind = "_compiled" if options.compiled else "_packed" if options.packed else ""
+    path = options.output or RESULTS / f"lossless{kind}.json"
     start, new = time.perf_counter(), options.max_new_tokens
     try:
         rows, seconds = kept(path, options.architectures, new)
@@ -215,7 +234,7 @@ def main() -> None:
     kinds = options.drafts or (("replayed",) if options.compiled else DRAFTS)
     pairs = [(architecture, drafts) for architecture in options.architectures for drafts in kinds]
     for architecture, drafts in track(pairs, "comparing", console=Console(stderr=True), transient=True):
-        rows += compare(architecture, drafts, new, options.compiled)
+        rows += compare(architecture, drafts, new, options.packed, options.compiled)
         rows.sort(key=lambda row: list(CONFIGS).index(row.architecture))
         values = result(rows, new, seconds + time.perf_counter() - start)
         path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

@@ -57,19 +57,19 @@ def main() -> None:
     args = parser.parse_args()
     products: list[dict[str, Any]] = []
     table = Table(title="milliseconds of a product by its rows")
-    for column in ("shape", "dtype", "way", *map(str, ROWS)):
-        table.add_column(column)
+    for column in ("weight", *map(str, ROWS)):
+        table.add_column(column, no_wrap=True)
     for name in args.shapes:
         for dtype in (torch.float32, torch.bfloat16):
             kind = str(dtype).removeprefix("torch.")
             for way, times in measure(SHAPES[name], dtype, args.rounds).items():
                 products.append({"shape": name, "size": SHAPES[name], "dtype": kind, "way": way, "ms": times})
-                table.add_row(name, kind, way, *(f"{value:.3g}" for value in times.values()))
+                table.add_row(f"{name} {kind} {way}", *(f"{value:.2f}" for value in times.values()))
     machine = {"device_name": device_name(torch.device("cpu")), "threads": torch.get_num_threads()}
     result = {**machine, "torch": torch.__version__, "rounds": args.rounds, "products": products}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    Console().print(table)
+    Console(width=120).print(table)
 
 
 if __name__ == "__main__":
