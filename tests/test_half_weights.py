@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from foretell import base as base_module
+from foretell import half_weights
 from foretell.base import Base
 from foretell.config import STRATEGIES, MTPConfig
 from foretell.decoding.compiling import compile_steps
@@ -51,6 +52,19 @@ def test_bfloat16_numbers_of_any_size_are_kept(spread: float, bias: bool) -> Non
     x = torch.randn(3, 64)
     expected = x.double() @ weight.double().t() + (8 * spread if bias else 0)
     torch.testing.assert_close(half.multiply(x).double(), expected, rtol=1e-5, atol=1e-5 * spread)
+
+
+def test_a_large_weight_is_laid_out_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x = numbers(1e-6), torch.randn(3, 64)
+    scale = scale_of(weight)
+    assert scale is not None and scale != 1.0
+    bias = torch.arange(40.0)
+    whole = HalfWeight(weight, bias, scale)
+    monkeypatch.setattr(half_weights, "PART_NUMBERS", 64 * 7)
+    parts = HalfWeight(weight, bias, scale)
+    assert len(whole.parts) == 1 and len(parts.parts) == 6
+    assert torch.equal(parts.multiply(x), whole.multiply(x))
+    assert torch.equal(parts.to_dense(), weight) and torch.equal(copy.deepcopy(parts).to_dense(), weight)
 
 
 @pytest.mark.parametrize("spread", [1e-7, 0.02, 100.0])

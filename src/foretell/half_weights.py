@@ -9,6 +9,8 @@ larger range, so weights that are too small for it are taken a power of two larg
 from __future__ import annotations
 
 import math
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 LOST = 2.0**-24
 LARGEST, EXPONENT_LIMIT = 65504.0, 16  # of float16 numbers, which are below 2^16
 CHECKED_NUMBERS = 2**18  # at a time: they stay in the processor's cache
+PART_NUMBERS = 2**25  # of a weight that is laid out at once, from float32: more takes longer a number, and memory
 
 
 def available() -> bool:
@@ -33,18 +36,32 @@ class HalfWeight:
     def __init__(self, weight: Tensor, bias: Tensor | None, scale: float) -> None:
         """`scale`: of what is kept, a power of two (see `scale_of`)."""
         self.shape, self.dtype, self.scale = weight.shape, weight.dtype, scale
-        own_bias = None if bias is None else bias.detach().float() * scale
-        self._packed: Any = torch.ops.quantized.linear_prepack_fp16(weight.detach().float() * scale, own_bias)
+        rows = max(1, PART_NUMBERS // weight.shape[1])
+        weights = weight.detach().split(rows)
+        biases = [None] * len(weights) if bias is None else bias.detach().split(rows)
+        self._parts: list[Any] = [_laying_out(*own, scale) for own in zip(weights, biases, strict=True)]
+        self._there = False
+
+    @property
+    def parts(self) -> list[Any]:
+        """FBGEMM's own objects, once they are there."""
+        if not self._there:
+            self._parts, self._there = [part.result() for part in self._parts], True
+        return self._parts
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_parts": self.parts, "_there": True}
 
     def multiply(self, x: Tensor) -> Tensor:
         """x (..., d_in) float32 -> x W^T + bias (..., d_out) float32."""
-        made = torch.ops.quantized.linear_dynamic_fp16(x, self._packed)
-        return made if self.scale == 1.0 else made.mul_(1.0 / self.scale)
+        made = [torch.ops.quantized.linear_dynamic_fp16(x, part) for part in self.parts]
+        whole = made[0] if len(made) == 1 else torch.cat(made, -1)
+        return whole if self.scale == 1.0 else whole.mul_(1.0 / self.scale)
 
     def to_dense(self) -> Tensor:
         """(d_out, d_in), as it was given."""
-        weight, _ = torch.ops.quantized.linear_unpack_fp16(self._packed)
-        return (weight.float() / self.scale).to(self.dtype)
+        parts = [torch.ops.quantized.linear_unpack_fp16(part)[0] for part in self.parts]
+        return (torch.cat(parts).float() / self.scale).to(self.dtype)
 
     def numel(self) -> int:
         return self.shape.numel()
@@ -52,6 +69,26 @@ class HalfWeight:
     @property
     def nbytes(self) -> int:
         return 2 * self.numel()
+
+
+def _laying_out(weight: Tensor, bias: Tensor | None, scale: float) -> Future[Any]:
+    """FBGEMM's object for a weight times `scale`; its work begins once fewer are on their way than there are threads.
+
+    One thread takes some 15 ns for a number, so several weights go on behind our back.
+    """
+    pool, on_their_way = _threads()
+    if len(on_their_way) >= torch.get_num_threads():
+        wait(list(on_their_way), return_when=FIRST_COMPLETED)
+    given = [None if one is None else one.float() if scale == 1.0 else one.float() * scale for one in (weight, bias)]
+    future = pool.submit(torch.ops.quantized.linear_prepack_fp16, *given)
+    on_their_way.add(future)
+    future.add_done_callback(on_their_way.discard)
+    return future
+
+
+@cache
+def _threads() -> tuple[ThreadPoolExecutor, set[Future[Any]]]:
+    return ThreadPoolExecutor(torch.get_num_threads(), "foretell-half-weights"), set()
 
 
 def scale_of(weight: Tensor) -> float | None:
