@@ -21,7 +21,7 @@ from foretell.base import Base
 from foretell.block_graph import Call, Parts, tensors_of, trace_block
 from foretell.errors import ForetellError
 from foretell.gated_lora import GatedLoRA
-from foretell.packed import PackedLinear
+from foretell.packed import PackedLinear, ways
 
 
 class Form(NamedTuple):
@@ -62,6 +62,8 @@ def why_not(base: Base, adapter: GatedLoRA) -> str | None:
         return f"that was made for models on a CPU, and this one is on {base.device}"
     if base.quantised != "none":
         return "its linears are quantised"
+    if base.dtype == torch.bfloat16 and "blocks" not in ways(base.dtype):
+        return "this processor has no instructions for bfloat16; load it in float32 to compile it"
     if not adapter.gated:
         return "its adapter is not gated"
     if any(hasattr(type(block), "compiled_by") for block in base.blocks):

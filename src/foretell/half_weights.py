@@ -66,10 +66,6 @@ class HalfWeight:
     def numel(self) -> int:
         return self.shape.numel()
 
-    @property
-    def nbytes(self) -> int:
-        return 2 * self.numel()
-
 
 def _laying_out(weight: Tensor, bias: Tensor | None, scale: float) -> Future[Any]:
     """FBGEMM's object for a weight times `scale`; its work begins once fewer are on their way than there are threads.
@@ -84,6 +80,11 @@ def _laying_out(weight: Tensor, bias: Tensor | None, scale: float) -> Future[Any
     on_their_way.add(future)
     future.add_done_callback(on_their_way.discard)
     return future
+
+
+def finish() -> None:
+    """Returns when no weight is on its way any more: from then on products can be timed."""
+    wait(list(_threads()[1]))
 
 
 @cache

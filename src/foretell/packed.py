@@ -114,6 +114,7 @@ def _timed(possible: tuple[Way, ...], d_out: int, d_in: int, dtype: torch.dtype,
     count = min(TRIED_WEIGHTS, max(1, TRIED_BYTES // (d_out * row)))  # small ones should not all lie in the cache
     stored = [torch.ones(d_out, d_in, dtype=dtype) for _ in range(count)]
     weights = {way: [laid for one in stored if (laid := laid_out([one], None, way)) is not None] for way in possible}
+    half_weights.finish()
     took = dict.fromkeys(possible, 0.0)  # logarithms, so that every number of rows counts the same
     for rows in TRIED_ROWS:
         x = torch.ones(1, rows, d_in, dtype=dtype)
