@@ -28,8 +28,8 @@ from foretell.layout import Block, Layout, linear, plain
 from foretell.model import MTPModel
 
 CONTEXT = 256  # tokens in the cache while steps are timed
-REGULAR_WIDTHS = (1, 2, 3, 5, 6, 9)
-MASKED_WIDTHS = (2, 3, 4, 5, 6, 7, 9, 12, 16, 20, 25, 33, 45, 61, 81)
+REGULAR_WIDTHS = (1, 2, 3, 5, 9)
+MASKED_WIDTHS = (2, 3, 4, 5, 7, 9, 12, 16, 20, 25, 33, 45, 61, 81)
 ROUNDS = 7
 BUDGET = 20.0  # seconds; at least two rounds are timed whatever they take
 UNTIMED = 1.08  # of a step with masks: planning, learning and moving drafts about, which are not timed here
