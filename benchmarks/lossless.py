@@ -1,8 +1,8 @@
 """Is the output the base's own? Every architecture, strategy, batch and kind of drafts against `generate()`, in fp32.
 
 Tiny random models on a CPU, those of the tests: nothing is downloaded. Writes benchmarks/results/lossless.json, with
-`--packed` lossless_packed.json, with `--compiled` lossless_compiled.json, after every architecture, and ends with exit
-code 1 if a single token differs.
+`--packed WAY` lossless_packed.json, with `--compiled` lossless_compiled.json, after every architecture, and ends with
+exit code 1 if a single token differs.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from rich.console import Console
@@ -40,6 +41,7 @@ sys.path.insert(0, str(ROOT))  # the architectures are those of the tests
 
 from tests.decoded import count_compiled, decode  # noqa: E402
 from tests.fitted import fitted  # noqa: E402
+from tests.lying import WAYS, lying  # noqa: E402
 from tests.models import CONFIGS, random_prompt, reference, tiny_model  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -220,7 +222,7 @@ def main() -> None:
         help="only these; rows of others stay in the result",
     )
     parser.add_argument("--drafts", nargs="+", choices=DRAFTS, metavar="KIND", help="all; with --compiled: replayed")
-    parser.add_argument("--packed", action="store_true", help="with packed bases whose weights are of 16 bits")
+    parser.add_argument("--packed", choices=WAYS, help="with packed bases of 16-bit numbers, which all lie this way")
     parser.add_argument("--compiled", action="store_true", help="with packed bases, and compiled steps where possible")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
@@ -231,10 +233,12 @@ def main() -> None:
         rows, seconds = kept(path, options.architectures, new)
     except ValueError as error:
         parser.error(str(error))
+    if options.packed:
+        lying(options.packed, pytest.MonkeyPatch())  # tiny weights are multiplied fastest as stored
     kinds = options.drafts or (("replayed",) if options.compiled else DRAFTS)
     pairs = [(architecture, drafts) for architecture in options.architectures for drafts in kinds]
     for architecture, drafts in track(pairs, "comparing", console=Console(stderr=True), transient=True):
-        rows += compare(architecture, drafts, new, options.packed, options.compiled)
+        rows += compare(architecture, drafts, new, bool(options.packed), options.compiled)
         rows.sort(key=lambda row: list(CONFIGS).index(row.architecture))
         values = result(rows, new, seconds + time.perf_counter() - start)
         path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
