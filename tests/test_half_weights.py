@@ -54,6 +54,14 @@ def test_bfloat16_numbers_of_any_size_are_kept(spread: float, bias: bool) -> Non
     torch.testing.assert_close(half.multiply(x).double(), expected, rtol=1e-5, atol=1e-5 * spread)
 
 
+@pytest.mark.parametrize("shape", [(64,), (1, 64), (3, 64), (2, 5, 64), (0, 64), (2, 2, 3, 64)])
+def test_rows_of_any_shape_and_stride_are_multiplied(shape: tuple[int, ...]) -> None:
+    weight = numbers(0.1)
+    half, x = HalfWeight(weight, None, 1.0), torch.randn(*shape, 2)
+    for given in (x[..., 0], x[..., 0].contiguous()):
+        torch.testing.assert_close(half.multiply(given), given @ weight.t())
+
+
 def test_a_large_weight_is_laid_out_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, x = numbers(1e-6), torch.randn(3, 64)
     scale = scale_of(weight)
