@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -85,6 +86,12 @@ def test_rows_accept_their_own_number_and_leave_when_they_end(name: str) -> None
 def test_empty_batch_is_refused() -> None:
     with pytest.raises(ForetellError, match="batch is empty"):
         tiny_model().generate_batch([])
+
+
+def test_several_prompts_given_as_one_are_sent_to_the_batch() -> None:
+    several: Any = ["one", "two"]
+    with pytest.raises(ForetellError, match="a text, not list; generate_batch takes several"):
+        tiny_model().generate(several)
 
 
 def test_alignment_keeps_every_block_and_fills_behind() -> None:

@@ -271,6 +271,8 @@ class MTPForCausalLM(MTPModel):
         """(1, n) int64 on the base's device. Raises ForetellError if empty or not the base's, both or neither given."""
         if (prompt is None) == (input_ids is None):
             raise ForetellError("give either a prompt or input_ids")
+        if prompt is not None and not isinstance(prompt, str):
+            raise ForetellError(f"the prompt must be a text, not {type(prompt).__name__}; generate_batch takes several")
         if input_ids is not None:
             ids = torch.as_tensor(input_ids, dtype=torch.long)
             ids = ids[None] if ids.ndim == 1 else ids
