@@ -268,7 +268,7 @@ class MTPForCausalLM(MTPModel):
         return config
 
     def encode(self, prompt: str | None, input_ids: Tensor | Sequence[int] | None = None, chat: bool = False) -> Tensor:
-        """(1, n) int64 on the base's device. Raises ForetellError if empty, no text, not the base's, both or neither."""
+        """(1, n) int64 on the base's device. Raises ForetellError if empty, no text, not the base's, both, neither."""
         if (prompt is None) == (input_ids is None):
             raise ForetellError("give either a prompt or input_ids")
         if prompt is not None and not isinstance(prompt, str):
