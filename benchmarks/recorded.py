@@ -39,25 +39,59 @@ from foretell.evaluation.prompts import load_prompts
 from foretell.layout import linear
 
 RESULT = Path(__file__).parent / "results" / "recorded.json"
-# Of the embedded model on two cores of a Xeon with AMX, eager, milliseconds, by width and by number of drafts; of one
-# sequence and of four.
-COSTS = {
-    1: Costs(
-        regular={1: 2.0, 2: 2.5, 3: 2.6, 5: 2.95, 9: 3.42},
-        masked={2: 3.0, 5: 3.28, 9: 3.6, 12: 4.0, 16: 4.45, 25: 5.5, 45: 7.6, 81: 11.0},
-        drafts={1: 0.42, 4: 0.6, 8: 1.1},
-    ),
-    4: Costs(
-        regular={1: 3.35, 2: 4.1, 3: 4.25, 5: 4.9, 9: 6.35},
-        masked={2: 5.9, 5: 7.0, 9: 8.7, 12: 9.7, 16: 11.2, 25: 14.3, 45: 21.7, 81: 36.5},
-        drafts={1: 0.7, 4: 1.25, 8: 2.25},
-    ),
-}
-# Milliseconds: of a step that is planned, beside its work, and for every further sequence; of a solution; of masks hung
-# in the step that reads the prompt, more than in another.
-BOOKS, FURTHER, SOLUTION, READING = 0.25, 0.03, 1.3, 3.5
 NOISE, CHAINS = 0.05, 0.25  # deviations of the logarithms of steps and of chains
 MASKS = (2, 3, 4, 6)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What steps of the embedded model take on two cores of it, eager: milliseconds."""
+
+    costs: dict[int, Costs]  # by width and by number of drafts; of one sequence and of four
+    books: float  # of a step that is planned, beside its work
+    further: float  # of that for every further sequence
+    solution: float
+    reading: float  # of masks hung in the step that reads the prompt, more than in another
+
+
+MACHINES = {
+    "xeon": Machine(  # with AMX
+        {
+            1: Costs(
+                regular={1: 2.0, 2: 2.5, 3: 2.6, 5: 2.95, 9: 3.42},
+                masked={2: 3.0, 5: 3.28, 9: 3.6, 12: 4.0, 16: 4.45, 25: 5.5, 45: 7.6, 81: 11.0},
+                drafts={1: 0.42, 4: 0.6, 8: 1.1},
+            ),
+            4: Costs(
+                regular={1: 3.35, 2: 4.1, 3: 4.25, 5: 4.9, 9: 6.35},
+                masked={2: 5.9, 5: 7.0, 9: 8.7, 12: 9.7, 16: 11.2, 25: 14.3, 45: 21.7, 81: 36.5},
+                drafts={1: 0.7, 4: 1.25, 8: 2.25},
+            ),
+        },
+        books=0.25,
+        further=0.03,
+        solution=1.3,
+        reading=3.5,
+    ),
+    "avx2": Machine(  # an EPYC without AVX-512, at a restless hour
+        {
+            1: Costs(
+                regular={1: 7.6, 2: 8.1, 3: 8.3, 5: 8.8, 9: 10.3},
+                masked={2: 11.1, 5: 13.2, 9: 14.7, 12: 14.9, 16: 16.5, 25: 19.4, 45: 21.9, 81: 28.2},
+                drafts={1: 1.1, 4: 2.0, 8: 2.9},
+            ),
+            4: Costs(
+                regular={1: 9.6, 2: 11.4, 3: 11.8, 5: 15.7, 9: 19.2},
+                masked={2: 17.3, 5: 23.5, 9: 27.4, 12: 29.4, 16: 34.4, 25: 46.5, 45: 63.8, 81: 101.0},
+                drafts={1: 2.2, 4: 4.7, 8: 5.6},
+            ),
+        },
+        books=0.7,
+        further=0.08,
+        solution=3.5,
+        reading=5.0,
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -98,11 +132,12 @@ def record(model: MTPForCausalLM, prompt: Tensor, new: int, temperature: float) 
 class Clock:
     """Plays texts to strategies, up to four side by side; `free`: planning takes no time."""
 
-    def __init__(self, masks: int, seed: int = 0, free: bool = False) -> None:
-        tables = {size: of_batch(COSTS, size) for size in range(1, max(COSTS) + 1)}
+    def __init__(self, machine: Machine, masks: int, seed: int = 0, free: bool = False) -> None:
+        self.machine = machine
+        tables = {size: of_batch(machine.costs, size) for size in range(1, max(machine.costs) + 1)}
         self.costs = {size: (table.steps(masks), table.drafting(masks)) for size, table in tables.items()}
         self.experience, self.pause, self.masks = Experience(masks), Pause(), masks
-        self._planner, self._sequences = Planner(COSTS[1], self.experience), 1
+        self._planner, self._sequences = Planner(machine.costs[1], self.experience), 1
         self.random, self.free, self.solutions = random.Random(seed), free, 0
         solve = self._planner.solve
 
@@ -115,7 +150,8 @@ class Clock:
     def planner(self, sequences: int) -> Planner:
         if sequences != self._sequences:
             self._sequences = sequences
-            self._planner.reprice(partial(of_batch, COSTS, sequences), plain_steps(COSTS, sequences))
+            costs = self.machine.costs
+            self._planner.reprice(partial(of_batch, costs, sequences), plain_steps(costs, sequences))
         return self._planner
 
     def adaptive(self, sequences: int) -> Strategy:
@@ -142,9 +178,10 @@ class Clock:
             layout, left = layouts[0], []
             planned = isinstance(strategy, Adaptive) and not strategy.paused
             seconds = self.costs[sequences][0][layout.regular - 1, layout.masks] * self.random.lognormvariate(0, NOISE)
-            seconds += READING if first and layout.masks else 0.0
+            seconds += self.machine.reading if first and layout.masks else 0.0
             if planned and not self.free:
-                seconds += BOOKS + FURTHER * (sequences - 1) + SOLUTION * (self.solutions - solved)
+                seconds += self.machine.books + self.machine.further * (sequences - 1)
+                seconds += self.machine.solution * (self.solutions - solved)
             for row, own in zip(running, layouts, strict=True):
                 tokens = texts[row.sequence].new[row.place :][: layout.regular]
                 drafts = at_hand[row.sequence][: len(tokens) - 1]
@@ -200,12 +237,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit", type=int, default=32, help="texts of problems and of code")
     parser.add_argument("--new", type=int, default=128)
-    parser.add_argument("--batch", type=int, nargs="+", choices=range(1, max(COSTS) + 1), default=(1, max(COSTS)))
+    parser.add_argument("--batch", type=int, nargs="+", choices=range(1, 5), default=(1, 4))
+    parser.add_argument("--machine", choices=MACHINES, default="xeon", help="whose costs the clock adds up")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=RESULT)
     args = parser.parse_args()
     model = foretell.load()
-    k = model.max_masks
+    clock = partial(Clock, MACHINES[args.machine], model.max_masks)
     rows = []
     table = Table(title="× plain decoding; adaptive: first and second time over the texts")
     for column in ("texts", "batch", "temperature", "best linear", "adaptive", "planning free"):
@@ -219,9 +257,9 @@ def main() -> None:
         }
         for size in args.batch:
             for name, batches in batches_of(texts, size).items():
-                best, masks = max((gain(batches, Clock(k), Fixed("linear", masks)), masks) for masks in MASKS)
+                best, masks = max((gain(batches, clock(), Fixed("linear", masks)), masks) for masks in MASKS)
                 adaptive, free = (
-                    passes(batches, [Clock(k, seed, free) for seed in range(args.seeds)]) for free in (False, True)
+                    passes(batches, [clock(seed, free) for seed in range(args.seeds)]) for free in (False, True)
                 )
                 of_linear = {"masks": masks, "gain": best}
                 row = {"texts": name, "batch": size, "temperature": temperature, "linear": of_linear}
@@ -232,9 +270,7 @@ def main() -> None:
         "limit": args.limit,
         "new": args.new,
         "seeds": args.seeds,
-        "books_ms": BOOKS,
-        "solution_ms": SOLUTION,
-        "reading_ms": READING,
+        "machine": args.machine,
     }
     args.output.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
     Console().print(table)

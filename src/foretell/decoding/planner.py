@@ -182,12 +182,12 @@ class Planner:
         self._probe_every = PROBE_EVERY[0]
         self.probe_soon()
         if self._in_vain * self.sequences >= TEXTS and self._in_vain % TEXTS:
-            self._without_masks, self._probe_every = SETTLED, PROBE_RARER * PROBE_EVERY[0]
+            self._without_masks, self._probe_every = SETTLED + 1, PROBE_RARER * PROBE_EVERY[0]
 
     def rests(self, remaining: int) -> bool:
         """Whether neither planning nor masks promise to pay at the next step, nor is it time to try some, where a text
         may still get so many tokens; to be asked once before each step, which `layouts` does of one sequence."""
-        if self._pays or self._without_masks < SETTLED or self._apart(remaining):
+        if self._pays or self._without_masks <= SETTLED or self._apart(remaining):
             return False
         if self._without_masks + 1 >= self._probe_every and remaining > TOO_LATE:
             return False
