@@ -74,6 +74,25 @@ def test_gains_that_vary_much_are_hardly_interrupted(seed: int) -> None:
     assert course.speed > 1.17
 
 
+@pytest.mark.parametrize("sequences", [1, 4])
+@pytest.mark.parametrize("gain", [1.0, 0.65])
+def test_a_machine_that_slows_down_is_no_loss_of_the_drafts(gain: float, sequences: int) -> None:
+    """Plain steps are known from quieter times; some timed anew tell that what gains still does, and what loses does
+    not."""
+    random = np.random.default_rng(0)
+    pause, paused = Pause(), []
+    pause.begin_text(sequences)
+    for number in range(400):
+        speed = PLAIN * (1.0 if number < 100 else 1.6) * float(np.exp(0.05 * random.standard_normal()))
+        paused.append(pause.paused())
+        if paused[-1]:
+            pause.rested(sequences, speed)
+        else:
+            pause.worked(sequences, 2 * speed, gain * (3.0 if random.random() < 0.8 else 1.0), 0.0)
+    assert not any(paused[FIRST:100]) or gain < 1
+    assert (sum(paused[100:]) <= 2 * FIRST) == (gain == 1.0)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_noise_of_the_clock_hardly_interrupts(seed: int) -> None:
     random = np.random.default_rng(seed)

@@ -18,6 +18,7 @@ LONGER = 4
 WOKEN_BY = 6  # first drafts of the text itself that would have held in a row: it has begun to repeat itself
 IN_NEW_TEXT = 1 / 4  # of a pause, how long it goes on for at most in a new text, which may be of another kind
 FADES = 1 - 1 / 64  # weight of the sums below from step to step
+ACQUITTED = 1 / 2  # of the losses that made for a pause: if no more are left by plain steps timed anew, it is over
 NEWEST = 1 / 2  # weight of the last batch in what tokens of such a batch are worth
 
 
@@ -26,7 +27,8 @@ class Pause:
     clock, and pauses the former where they lose.
 
     It trusts no table and no calibration, so that whatever they get wrong costs little. A trial ends once its losses,
-    against plain steps for the tokens it gave, outweigh what chance makes of them.
+    against plain steps for the tokens it gave, outweigh what chance makes of them; and goes on after all if plain steps
+    turn out to have become slower, too, since they were timed.
     """
 
     def __init__(self) -> None:
@@ -41,6 +43,11 @@ class Pause:
         self._worth: dict[int, float] = {}  # of a token in batches that are not refilled, by power of two
         # Of a trial: whether its first step is over, its other steps, and sums over them.
         self._warm, self._steps, self._lost, self._squares = False, 0, 0.0, 0.0
+        self._spent = 0.0  # of what was lost: plain steps that the time would have been enough for
+        # Of a pause that losses began: what a plain step was taken for, and what the first ones take, of so many
+        # sequences.
+        self._believed = 1.0
+        self._timed_anew: list[tuple[int, float]] | None = None
 
     def begin_text(self, sequences: int) -> None:
         """Before the first step of one or more texts."""
@@ -87,6 +94,12 @@ class Pause:
     def rested(self, sequences: int, share: float) -> None:
         """A plain step during a pause took this share of the seconds measured for it."""
         self._plain[size_class(sequences)].append(share)
+        if self._timed_anew is None:
+            return
+        self._timed_anew.append((sequences, share))
+        if len(self._timed_anew) == FIRST:
+            self._judge_again(self._timed_anew)
+            self._timed_anew = None
 
     def began(self) -> None:
         """A step other than a plain one, whose seconds don't count: it found no drafts, and made some for the next."""
@@ -100,8 +113,10 @@ class Pause:
         if not self._warm:
             return self.began()
         self._since_pause += 1
-        lost = share / self._plain_share(sequences) - tokens  # in plain steps
+        believed = self._plain_share(sequences)
+        spent, lost = share / believed, share / believed - tokens  # in plain steps
         self._steps += 1
+        self._spent = FADES * self._spent + spent
         self._lost = FADES * self._lost + lost
         self._squares = FADES * self._squares + lost**2
         if self._steps < TRIAL:
@@ -111,8 +126,21 @@ class Pause:
             steps = min(PAUSES[0] * LONGER**self._failed, PAUSES[1])
             self._failed, self._for_text = self._failed + 1, int(IN_NEW_TEXT * steps)
             self._pause(steps)
+            self._believed, self._timed_anew = believed, []
         elif self._lost < -chance or (self._steps >= PAUSES[0] and self._lost < 0):
             self._failed = 0
+
+    def _judge_again(self, timed: list[tuple[int, float]]) -> None:
+        """Plain steps at the beginning of a pause, of so many sequences, took these shares of the seconds measured."""
+        slower = sorted(share for _, share in timed)[len(timed) // 2] / self._believed
+        lost = self._lost - self._spent * (1 - 1 / slower)
+        if lost > ACQUITTED * self._lost:
+            return
+        self._paused, self._failed = False, self._failed - 1
+        self._lost, self._spent = lost, self._spent / slower
+        self._plain.clear()
+        for sequences, share in timed:
+            self._plain[size_class(sequences)].append(share)
 
     def _plain_share(self, sequences: int) -> float:
         own = size_class(sequences)
@@ -123,10 +151,11 @@ class Pause:
         return shares[len(shares) // 4]
 
     def _pause(self, steps: int) -> None:
-        self._paused, self._left, self._since_pause = True, steps, 0
+        self._paused, self._left, self._since_pause, self._timed_anew = True, steps, 0, None
 
     def _try_anew(self) -> None:
-        self._warm, self._steps, self._lost, self._squares = False, 0, 0.0, 0.0
+        self._warm, self._steps, self._lost, self._squares, self._spent = False, 0, 0.0, 0.0, 0.0
+        self._timed_anew = None
 
 
 class Batch:
