@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from foretell.base import Base
 from foretell.config import STRATEGIES, DecodeConfig, MTPConfig
-from foretell.decoding import loop
+from foretell.decoding import loop, pick
 from foretell.decoding.draft import numbered
 from foretell.decoding.generate import MTPForCausalLM
 from foretell.decoding.pick import Picker, first_largest, log_waits
@@ -282,6 +282,29 @@ def test_short_waits_lie_on_no_grid_and_none_is_zero() -> None:
     shortest = torch.cat([row.flatten().topk(20, largest=False).values for row in rows]).double() * 2**24
     assert (shortest > 0).all() and shortest.min() < 3
     assert ((shortest - shortest.round()).abs() > 0.1).double().mean() > 0.6
+
+
+@pytest.mark.parametrize("kept", [0, 40 * 4 * 5, 2**26])
+def test_a_place_is_drawn_for_once_while_there_is_room(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For block after block of drafts and for the base; what is kept changes no draw."""
+    vocab, drawn = 40, []
+
+    def counted(keys: Sequence[int], *rest: Any) -> torch.Tensor:
+        drawn.extend(keys)
+        return log_waits(keys, *rest)
+
+    monkeypatch.setattr(pick, "log_waits", counted)
+    monkeypatch.setattr(pick, "KEPT_BYTES", kept)
+    config = DecodeConfig(temperature=1.0, seed=1)
+    picker, scores = Picker(config), torch.randn(4, vocab)
+    for place in range(0, 40, 2):
+        choose = picker.race([0], [place], 4, vocab)
+        drafts = choose(scores, None, None).tolist()
+        alone = [Picker(config).pick(scores[row, None], [0], [place + row]).item() for row in range(4)]
+        assert drafts == alone == picker.pick(scores, [0] * 4, range(place, place + 4)).tolist()
+        assert len(picker._waits) <= kept // (4 * vocab)
+    own = len(drawn) - 20 * 4  # without those of the pickers that pick once
+    assert own == (42 if kept else 20 * 8)
 
 
 def test_a_certain_token_is_drawn_whatever_its_wait() -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import platform
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -181,9 +182,9 @@ def measure(model: MTPModel, config: DecodeConfig, batch: int = 1, widths: Seque
     regular, masked = (REGULAR_WIDTHS, (*MASKED_WIDTHS, room)) if widths is None else (widths[:1], widths[1:])
     layouts: dict[tuple[str, int], Layout] = {("regular", w): plain(w) for w in regular if w <= masks + 1}
     layouts |= {("masked", w): masked_layout(w, masks) for w in sorted(set(masked)) if 2 <= w <= room}
-    picker = Picker(config)
+    picker, fresh = Picker(config), itertools.count(1)
     tasks: dict[tuple[str, int], Callable[[], object]] = {
-        key: partial(_step, model, config, picker, layout, cache, batch) for key, layout in layouts.items()
+        key: partial(_step, model, config, picker, fresh, layout, cache, batch) for key, layout in layouts.items()
     }
     seconds: dict[tuple[str, int], list[float]] = defaultdict(list)
     start = time.perf_counter()
@@ -219,15 +220,25 @@ def masked_layout(width: int, masks: int) -> Layout:
 
 
 def _step(
-    model: MTPModel, config: DecodeConfig, picker: Picker, layout: Layout, cache: StaticCache, batch: int
+    model: MTPModel,
+    config: DecodeConfig,
+    picker: Picker,
+    fresh: Iterator[int],
+    layout: Layout,
+    cache: StaticCache,
+    batch: int,
 ) -> None:
-    """As the loop does one; a surviving block whose logits were not read along is read here."""
+    """As the loop does one; a surviving block whose logits were not read along is read here.
+
+    Of each sequence one place has not been drawn for before, as if the drafts had been at the others.
+    """
     ids = torch.zeros((batch, layout.regular), dtype=torch.long, device=model.base.device)
     latents = model.step(ids, [layout] * batch, cache, cache.lengths)
     along = reads_along(model, config, layout.masks)
     logits = model.base.unembed(latents if along else latents[:, : layout.regular])
-    rows = range(batch * layout.regular)
-    picker.pick(logits[:, : layout.regular].flatten(0, 1).float(), rows, rows).tolist()
+    rows, place = range(batch * layout.regular), next(fresh)
+    places = [0 if row % layout.regular else place for row in rows]
+    picker.pick(logits[:, : layout.regular].flatten(0, 1).float(), rows, places).tolist()
     if reads_along(model, config, 0) and not along:
         model.base.unembed(latents[:, : config.masks or model.max_masks])
 

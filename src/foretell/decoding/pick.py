@@ -28,6 +28,7 @@ from transformers import (
 from foretell.config import DecodeConfig
 
 BELOW_ONE = 1 - 2**-24  # the largest fp32 number there
+KEPT_BYTES = 2**26  # of draws
 
 
 class Picker:
@@ -47,6 +48,8 @@ class Picker:
         self.seed_of = seed_of
         self.greedy = config.temperature == 0
         self.draws_drafts = not self.greedy and config.drafts == "drawn"
+        # (V,) fp32 by key, the latest last: a place is raced for by block after block of drafts, then by the base.
+        self._waits: dict[int, Tensor] = {}
         self.processors = LogitsProcessorList(processors or [])
         if config.repetition_penalty != 1:
             self.processors.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
@@ -74,7 +77,7 @@ class Picker:
         if self.greedy:
             return first_largest(scores)
         keys = [self._key(*key) for key in zip(sequences, places, strict=True)]
-        return first_largest(scores - log_waits(keys, logits.shape[-1], logits.device))
+        return first_largest(scores - self._waits_of(keys, logits.shape[-1], logits.device))
 
     def race(
         self, sequences: Sequence[int], places: Sequence[int], count: int, vocab: int
@@ -90,7 +93,7 @@ class Picker:
 
         def choose(scores: Tensor, tokens: Tensor | None, numbers: Tensor | None) -> Tensor:
             if not waits:
-                waits.append(log_waits(keys, vocab, scores.device))
+                waits.append(self._waits_of(keys, vocab, scores.device))
             rows = torch.arange(len(keys), device=scores.device) if numbers is None else numbers
             own = waits[0][rows] if tokens is None else waits[0][rows[:, None], tokens]
             return first_largest(self.scores(scores) - own)
@@ -107,6 +110,19 @@ class Picker:
             ]
             logits = torch.stack(rows)
         return logits if self.greedy else self.warpers(None, logits.float())
+
+    def _waits_of(self, keys: Sequence[int], vocab: int, device: torch.device) -> Tensor:
+        """`log_waits`, of which the latest are kept."""
+        kept = self._waits
+        if missing := [key for key in keys if key not in kept]:
+            # Rows of their own: none keeps the others of its draw alive.
+            kept.update(zip(missing, (row.clone() for row in log_waits(missing, vocab, device)), strict=True))
+        for key in keys:
+            kept[key] = kept.pop(key)
+        waits = torch.stack([kept[key] for key in keys])
+        for key in list(kept)[: max(0, len(kept) - KEPT_BYTES // (4 * vocab))]:
+            del kept[key]
+        return waits
 
     def _key(self, sequence: int, place: int) -> int:
         """63 bits: the same for the same (seed, sequence, place)."""
