@@ -95,12 +95,15 @@ class FusedLowRank:
             narrow = out[..., -self.rank :]
         else:
             narrow = packed.product(x[:, first:], self.a) if self.packed else x[:, first:] @ self.a
+        if not self.spelled_out:
+            narrow = narrow.reshape(-1, self.rank)  # as rows of one product, not a product for each sequence
         for (rows, columns), b in zip(self.places, self.bs, strict=True):
-            of_part = narrow if len(self.bs) == 1 else narrow[..., columns]
+            of_part, term = narrow if len(self.bs) == 1 else narrow[..., columns], out[..., rows]
             if self.spelled_out:
-                out[..., rows].add_(sum(of_part[..., i : i + 1] * row for i, row in enumerate(b)), alpha=self.scale)
+                term.add_(sum(of_part[..., i : i + 1] * row for i, row in enumerate(b)), alpha=self.scale)
             else:
-                out[..., rows].add_(packed.product(of_part, b) if self.packed else of_part @ b, alpha=self.scale)
+                made = packed.product(of_part, b) if self.packed else of_part @ b
+                term.add_(made.view(term.shape), alpha=self.scale)
 
     def _add_to_one(self, out: Tensor, x: Tensor, first: int) -> None:
         """The same for one sequence, out (1, n, ...), in as few calls as can be: each costs what a small B does."""
