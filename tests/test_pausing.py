@@ -74,6 +74,24 @@ def test_gains_that_vary_much_are_hardly_interrupted(seed: int) -> None:
     assert course.speed > 1.17
 
 
+def test_noise_of_plain_steps_too_hardly_interrupts_a_small_gain() -> None:
+    """A tenth, on a machine whose steps of every kind deviate by a third."""
+    paused = []
+    for seed in range(8):
+        random = np.random.default_rng(seed)
+        pause = Pause()
+        for number in range(1500):
+            if number % 30 == 0:
+                pause.begin_text(4)
+            noise = float(np.exp(0.3 * random.standard_normal()))
+            paused.append(pause.paused())
+            if paused[-1]:
+                pause.rested(4, PLAIN * noise)
+            else:
+                pause.worked(4, PLAIN * noise * 3.0 / 1.1, float(random.choice([1.5, 3.0, 4.5])), 0.1)
+    assert np.mean(paused) < 0.15
+
+
 @pytest.mark.parametrize("sequences", [1, 4])
 @pytest.mark.parametrize("gain", [1.0, 0.65])
 def test_a_machine_that_slows_down_is_no_loss_of_the_drafts(gain: float, sequences: int) -> None:

@@ -7,7 +7,8 @@ from collections import defaultdict, deque
 from collections.abc import Sequence
 
 FIRST = 5  # plain steps that tell what such a step takes, before anything else; the first may have read the prompt
-LATEST = 16  # plain steps whose lower quartile counts
+LATEST = 16  # plain steps whose mean counts
+DISTURBED = 1.5  # times the median of them: more counts for nothing
 RENEWED = 512  # steps without a pause after which plain steps are timed again
 TRIAL = 3  # steps before a pause, at least
 SURE = 1.5  # standard deviations, roughly, that losses must be away from none
@@ -148,7 +149,8 @@ class Pause:
         if not known:
             return 1.0
         shares = sorted(self._plain[min(known, key=lambda size: abs(size - own))])
-        return shares[len(shares) // 4]
+        usual = [share for share in shares if share < DISTURBED * shares[len(shares) // 2]]
+        return sum(usual) / len(usual)
 
     def _pause(self, steps: int) -> None:
         self._paused, self._left, self._since_pause, self._timed_anew = True, steps, 0, None
