@@ -74,6 +74,13 @@ def test_gains_that_vary_much_are_hardly_interrupted(seed: int) -> None:
     assert course.speed > 1.17
 
 
+def test_short_texts_lose_together() -> None:
+    """None of them has steps enough to tell a loss of a tenth from chance."""
+    random = np.random.default_rng(0)
+    course = follow(Pause(), lambda: (1.1 * PLAIN, float(random.choice([0.5, 1.0, 1.5]))), 3000, text=10)
+    assert np.mean(course.paused) > 0.5
+
+
 def test_noise_of_plain_steps_too_hardly_interrupts_a_small_gain() -> None:
     """A tenth, on a machine whose steps of every kind deviate by a third."""
     paused = []

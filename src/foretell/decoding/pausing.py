@@ -42,7 +42,7 @@ class Pause:
         self._failed = 0  # trials, since one went well
         self._since_pause = 0
         self._worth: dict[int, float] = {}  # of a token in batches that are not refilled, by power of two
-        # Of a trial: whether its first step is over, its other steps, and sums over them.
+        # Of a trial: whether the first step of it or of a text is over, the other steps, and sums over them.
         self._warm, self._steps, self._lost, self._squares = False, 0, 0.0, 0.0
         self._spent = 0.0  # of what was lost: plain steps that the time would have been enough for
         # Of a pause that losses began: what a plain step was taken for, and what the first ones take, of so many
@@ -58,7 +58,7 @@ class Pause:
         elif self._paused:
             self._left = min(self._left, self._for_text)
         else:
-            self._try_anew()
+            self._warm = False  # short texts alone would never lose enough: the trial goes on
 
     def paused(self) -> bool:
         """Whether the next step should be a plain one without anything else; to be asked once before each step."""
