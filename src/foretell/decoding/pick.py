@@ -112,7 +112,7 @@ class Picker:
         return logits if self.greedy else self.warpers(None, logits.float())
 
     def _waits_of(self, keys: Sequence[int], vocab: int, device: torch.device) -> Tensor:
-        """`log_waits`, of which the latest are kept."""
+        """keys (N,) -> (N, V) fp32, as `log_waits` makes them; the latest rows are kept."""
         kept = self._waits
         if missing := [key for key in keys if key not in kept]:
             # Rows of their own: none keeps the others of its draw alive.
