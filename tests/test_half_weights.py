@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -73,6 +74,16 @@ def test_a_large_weight_is_laid_out_in_parts(monkeypatch: pytest.MonkeyPatch) ->
     assert len(whole.parts) == 1 and len(parts.parts) == 6
     assert torch.equal(parts.multiply(x), whole.multiply(x))
     assert torch.equal(parts.to_dense(), weight) and torch.equal(copy.deepcopy(parts).to_dense(), weight)
+
+
+def test_no_thread_outlives_its_weight() -> None:
+    # One that has computed keeps helpers, and with too many of those OpenMP's no longer wait awake for the next task.
+    for _ in range(5):
+        HalfWeight(numbers(0.1), None, 1.0)
+    half_weights.finish()
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("foretell-half-weights")]
+    model_of("llama").generate(input_ids=random_prompt(5), max_new_tokens=4)
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("foretell-half-weights")]
 
 
 @pytest.mark.parametrize("spread", [1e-7, 0.02, 100.0])

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from functools import cache
 from typing import Any
 
 import torch
@@ -21,6 +20,8 @@ LOST = 2.0**-24
 LARGEST, EXPONENT_LIMIT = 65504.0, 16  # of float16 numbers, which are below 2^16
 CHECKED_NUMBERS = 2**18  # at a time: they stay in the processor's cache
 PART_NUMBERS = 2**25  # of a weight that is laid out at once, from float32: more takes longer a number, and memory
+
+_on_their_way: dict[Future[Any], ThreadPoolExecutor] = {}
 
 
 def available() -> bool:
@@ -72,26 +73,28 @@ class HalfWeight:
 def _laying_out(weight: Tensor, bias: Tensor | None, scale: float) -> Future[Any]:
     """FBGEMM's object for a weight times `scale`; its work begins once fewer are on their way than there are threads.
 
-    One thread takes some 15 ns for a number, so several weights go on behind our back.
+    One thread takes some 15 ns for a number, so several weights go on behind our back. Each has a thread of its own,
+    which ends with it: a thread that has computed once keeps helpers, and with more of those than processors OpenMP's
+    no longer wait awake for the next operation, which makes each of all those to come some 40 µs slower.
     """
-    pool, on_their_way = _threads()
-    if len(on_their_way) >= torch.get_num_threads():
-        wait(list(on_their_way), return_when=FIRST_COMPLETED)
+    if len(_on_their_way) >= torch.get_num_threads():
+        wait(list(_on_their_way), return_when=FIRST_COMPLETED)
     given = [None if one is None else one.float() if scale == 1.0 else one.float() * scale for one in (weight, bias)]
+    pool = ThreadPoolExecutor(1, "foretell-half-weights")
     future = pool.submit(torch.ops.quantized.linear_prepack_fp16, *given)
-    on_their_way.add(future)
-    future.add_done_callback(on_their_way.discard)
+    pool.shutdown(wait=False)
+    _on_their_way[future] = pool
+    future.add_done_callback(_on_their_way.pop)
     return future
 
 
 def finish() -> None:
-    """Returns when no weight is on its way any more: from then on products can be timed."""
-    wait(list(_threads()[1]))
-
-
-@cache
-def _threads() -> tuple[ThreadPoolExecutor, set[Future[Any]]]:
-    return ThreadPoolExecutor(torch.get_num_threads(), "foretell-half-weights"), set()
+    """Returns when no weight is on its way any more and their threads have ended: from then on products can be timed.
+    """
+    pools = list(_on_their_way.values())
+    wait(list(_on_their_way))
+    for pool in pools:
+        pool.shutdown()
 
 
 def scale_of(weight: Tensor) -> float | None:
