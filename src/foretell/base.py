@@ -157,13 +157,8 @@ class Base(nn.Module):
         cache: Cache | None = None,
     ) -> Tensor:
         """(B, Q, E) -> z (B, Q, D), after the final norm. Without a mask: causal over what is cached."""
-        if (
-            (lean := self.lean) is not None
-            and not self._by_modules
-            and positions is not None
-            and cache is not None
-            and lean.can_run(embeddings.shape[1], mask)
-        ):
+        lean = self.lean_for(embeddings.shape[1], mask)
+        if lean is not None and positions is not None and cache is not None:
             return lean.latents(embeddings, positions, mask, cache)
         step = mask is not None or embeddings.shape[1] == 1
         group = self._groups and step and self.text_config._attn_implementation == "sdpa"
@@ -177,6 +172,11 @@ class Base(nn.Module):
                 **cached,
             )
         return out.last_hidden_state
+
+    def lean_for(self, rows: int, mask: AttentionMask | None) -> LeanSteps | None:
+        """What does a step of so many rows over a cache in place of the decoder's modules, if anything does."""
+        lean = None if self._by_modules else self.lean
+        return lean if lean is not None and lean.can_run(rows, mask) else None
 
     @contextmanager
     def by_modules(self) -> Iterator[None]:

@@ -9,7 +9,7 @@ Whether a base is of that make is not read off its name but tried, on steps of i
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,6 +57,38 @@ def _agrees(base: Any, steps: LeanSteps) -> bool:
     return True
 
 
+class Rows(NamedTuple):
+    """Rows of a step of several sequences, which have as many each: `regular` ones, then `masks`.
+
+    *Together* (1, N, ...) are the regular rows of all sequences, then the masks of all, so that those that an adapter
+    adds to are one piece of memory. Only attention needs each sequence's *apart* (B, Q, ...).
+    """
+
+    sequences: int
+    regular: int
+    masks: int
+
+    @property
+    def gate(self) -> tuple[int, int]:
+        """Of the rows together, where the masks begin, and how many rows there are."""
+        return self.sequences * self.regular, self.sequences * (self.regular + self.masks)
+
+    def together(self, apart: Tensor) -> Tensor:
+        """(B, Q, ...) -> (1, N, ...), a copy."""
+        first, count = self.gate
+        out = apart.new_empty(1, count, *apart.shape[2:])
+        regular, masks = apart.split((self.regular, self.masks), 1)
+        out[0, :first].view(regular.shape).copy_(regular)
+        out[0, first:].view(masks.shape).copy_(masks)
+        return out
+
+    def apart(self, together: Tensor) -> Tensor:
+        """(1, N, ...) -> (B, Q, ...), a copy."""
+        first, _ = self.gate
+        parts = together[0, :first], together[0, first:]
+        return torch.cat([part.unflatten(0, (self.sequences, -1)) for part in parts], 1)
+
+
 class LeanSteps:
     """`Base.latents` for steps over a cache, of a decoder with packed linears.
 
@@ -81,24 +113,32 @@ class LeanSteps:
         """Whether they can do a step of so many rows: with a mask, or a single row, while nobody hooks in."""
         return (mask is not None or rows == 1) and not torch.is_grad_enabled() and not any(self._hooks)
 
-    def latents(self, embeddings: Tensor, positions: Tensor, mask: AttentionMask | None, cache: Cache) -> Tensor:
+    def latents(
+        self,
+        embeddings: Tensor,
+        positions: Tensor,
+        mask: AttentionMask | None,
+        cache: Cache,
+        rows: Rows | None = None,
+    ) -> Tensor:
         """(B, Q, E) at positions (B or 1, Q) -> z (B, Q, D); masks additive (B or 1, 1, Q, S), None for a single row
-        that sees everything."""
+        that sees everything. With `rows` they go through the linears together."""
         cos, sin = (turn[:, :, None] for turn in self.rotary(embeddings, position_ids=positions))
         half = self.blocks[0].head_size // 2
         if cos.shape[-1] != 2 * half:
             raise ValueError("only a part of each head is turned")
         sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)  # the sign of the half that changes places
         masks: dict[int, Tensor] = {}
-        x = embeddings
+        x = embeddings if rows is None else rows.together(embeddings)
         for block, kind in zip(self.blocks, self.types, strict=True):
             own = mask[str(kind)] if isinstance(mask, dict) else mask
             if own is not None:
                 if id(own) not in masks:
                     masks[id(own)] = block.stacked(own)
                 own = masks[id(own)]
-            x = block.latents(x, cos, sin, own, cache)
-        return self.norm(x)
+            x = block.latents(x, cos, sin, own, cache, rows)
+        z = self.norm(x)
+        return z if rows is None else rows.apart(z)
 
 
 class LeanBlock:
@@ -124,12 +164,17 @@ class LeanBlock:
         self.heads, self.shared = (size // self.head_size for size in self.qkv.sizes[:2])
         self.groups = self.heads // self.shared
 
-    def latents(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:
-        """x (B, Q, D), cos and signed sin (B or 1, Q, 1, D_head), mask as `stacked` makes it -> (B, Q, D)."""
-        batch, rows, _ = x.shape
+    def latents(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Cache, together: Rows | None
+    ) -> Tensor:
+        """x (B, Q, D), cos and signed sin (B or 1, Q, 1, D_head), mask as `stacked` makes it -> (B, Q, D); or all rows
+        `together`, (1, N, D) -> (1, N, D)."""
         turned = self.heads + self.shared
-        made = self.qkv.make(self.before(x))
-        qkv = made[..., : (turned + self.shared) * self.head_size].view(batch, rows, -1, self.head_size)
+        made = self.qkv.make(self.before(x))[..., : (turned + self.shared) * self.head_size]
+        if together is not None:
+            made = together.apart(made)
+        batch, rows, _ = made.shape
+        qkv = made.view(batch, rows, -1, self.head_size)
         qk = qkv[:, :, :turned]
         if self.head_norms is not None:
             of_query, of_key = self.head_norms
@@ -139,7 +184,8 @@ class LeanBlock:
         # The heads of a group one below the other, as rows of one head (see `grouped_attention`).
         query = qk[:, : self.heads].reshape(batch, self.shared, self.groups * rows, self.head_size)
         seen = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=self.scaling)
-        seen = seen.view(batch, self.heads, rows, self.head_size).transpose(1, 2).reshape(batch, rows, -1)
+        seen = seen.view(batch, self.heads, rows, self.head_size).transpose(1, 2)
+        seen = seen.flatten(2) if together is None else together.together(seen).flatten(2)
         x = x + self.out.part(seen, 0)
         gate, up = self.gate_up.make(self.between(x)).split(self.gate_up.parts, -1)[:2]
         return x + self.down.part(self.activation(gate) * up, 0)

@@ -19,6 +19,7 @@ from foretell.config import MTPConfig
 from foretell.errors import ForetellError
 from foretell.gated_lora import GatedLoRA, adapted_modules
 from foretell.layout import Layout
+from foretell.lean import Rows
 from foretell.sampler import Sampler, make_sampler
 from foretell.support import check_supported, self_test
 
@@ -112,6 +113,10 @@ class MTPModel(nn.Module):
         positions, mask = step_attention(layouts, lengths, self.base, explicit)
         if compiled is not None and runs:
             return compiled.latents(embeddings, positions, mask, cache, lengths, layouts[0].regular)
+        if len(lengths) > 1 and layouts[0].masks and (lean := self.base.lean_for(embeddings.shape[1], mask)):
+            together = Rows(len(lengths), layouts[0].regular, layouts[0].masks)
+            with self.adapter.open(*together.gate):
+                return lean.latents(embeddings, positions, mask, cache, together)
         with self.adapter.open(*rows):
             return self.base.latents(embeddings, positions, mask, cache)
 
