@@ -89,7 +89,7 @@ def _laying_out(weight: Tensor, bias: Tensor | None, scale: float) -> Future[Any
 
 
 def finish() -> None:
-    """Returns when no weight is on its way any more and their threads have ended: products can be timed from then on."""
+    """Returns when no weight is on its way any more and their threads have ended: then products can be timed."""
     pools = list(_on_their_way.values())
     wait(list(_on_their_way))
     for pool in pools:
