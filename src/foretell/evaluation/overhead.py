@@ -24,7 +24,7 @@ from foretell.decoding.pick import Picker
 from foretell.errors import ForetellError
 from foretell.evaluation.step_cost import StepBench, alternate, now
 from foretell.layout import quadratic
-from foretell.lean import LeanSteps
+from foretell.lean import LeanSteps, Rows
 from foretell.model import MTPModel, step_attention
 from foretell.packed import PackedLinear
 from foretell.packed_rows import RoundRows
@@ -134,9 +134,16 @@ class TimedLean(LeanSteps):
         self.__dict__.update(lean.__dict__)
         self.watch = watch
 
-    def latents(self, embeddings: Tensor, positions: Tensor, mask: AttentionMask | None, cache: Cache) -> Tensor:
+    def latents(
+        self,
+        embeddings: Tensor,
+        positions: Tensor,
+        mask: AttentionMask | None,
+        cache: Cache,
+        rows: Rows | None = None,
+    ) -> Tensor:
         with self.watch.section(FORWARD):
-            return super().latents(embeddings, positions, mask, cache)
+            return super().latents(embeddings, positions, mask, cache, rows)
 
 
 @contextmanager
