@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from foretell.decoding.calibration import Experience
-from foretell.decoding.correction import LATEST, Correction
+from foretell.decoding.correction import AGED, LATEST, Correction
 from foretell.decoding.costs import Costs
 from foretell.decoding.planner import Planner
 from foretell.layout import Block, Layout
@@ -79,3 +79,18 @@ def test_drafting_is_corrected_apart_from_steps() -> None:
         planner.took(Layout(1, (Block(0, 8),)), step + 2.0, drafts=8, drafting=2.0)
     planner.solve()
     assert planner._table[0, 8] == pytest.approx(step) and planner.drafting[8] == pytest.approx(2.0)
+
+
+def test_what_is_long_ago_is_forgotten() -> None:
+    correction = Correction(6)
+    for now in range(LATEST):
+        correction.took(9, 2.0, now)
+    fit = correction.fit(LATEST)
+    assert fit is not None and fit.factor == pytest.approx(2.0)
+    fit = correction.fit(AGED + LATEST - 6)  # of which six are left
+    assert fit is not None and fit.factor == pytest.approx(2.0)
+    assert correction.fit(AGED + LATEST) is None
+    for now in range(6):
+        correction.took(9, 1.0, AGED + LATEST + now)
+    fit = correction.fit(AGED + LATEST + 6)
+    assert fit is not None and fit.factor == pytest.approx(1.0)

@@ -10,7 +10,7 @@ import numpy as np
 
 from foretell.decoding.calibration import Floats
 
-LATEST = 64  # steps that count
+LATEST, AGED = 64, 400  # steps that count, and after how many of any kind they no longer do
 SPREAD, SLOPE = 0.1, 0.1  # of logarithms: usual deviation of a step, and of the power of the width
 SMALL = 0.03  # deviations below count as so large
 ROUNDS = 4  # of fitting
@@ -41,29 +41,35 @@ class Correction:
     Fitted to the latest steps by least absolute deviations, as the first steps of a layout and disturbances take far
     longer. What counts is what steps take on average, so the factor is raised by what they take beyond the usual: now
     and then the planner solves its problem in one. The slope is believed to be 0 until widths that differ tell another:
-    a table measured while something else kept the machine busy is too flat, not only too high.
+    a table measured while something else kept the machine busy is too flat, not only too high. What is long ago is
+    forgotten: where steps with masks were last taken in a busy hour, and plain ones in a quiet one, masks would not be
+    tried again.
     """
 
     def __init__(self, fewest: int) -> None:
         """`fewest`: steps, before which nothing is corrected."""
         self.fewest = fewest
-        self._steps: deque[tuple[float, float]] = deque(maxlen=LATEST)  # log width, log share of the measured seconds
+        # Logarithms of the width and of the share of the measured seconds; when.
+        self._steps: deque[tuple[float, float, int]] = deque(maxlen=LATEST)
         self._known: Fit | None = None
         self._news = False  # since then
 
-    def took(self, width: int, share: float) -> None:
-        """A step of so many rows took this share of the seconds measured for it."""
-        self._steps.append((math.log(width), math.log(share)))
+    def took(self, width: int, share: float, now: int = 0) -> None:
+        """A step of so many rows took this share of the seconds measured for it; `now`: steps of any kind so far."""
+        self._steps.append((math.log(width), math.log(share), now))
         self._news = True
 
-    def fit(self) -> Fit | None:
+    def fit(self, now: int = 0) -> Fit | None:
         """None while too few steps are known."""
-        if self._news and len(self._steps) >= self.fewest:
-            self._known, self._news = self._fitted(), False
+        while self._steps and self._steps[0][2] < now - AGED:
+            self._steps.popleft()
+            self._news = True
+        if self._news:
+            self._known, self._news = self._fitted() if len(self._steps) >= self.fewest else None, False
         return self._known
 
     def _fitted(self) -> Fit:
-        widths, shares = np.array(self._steps).T
+        widths, shares, _ = np.array(self._steps).T
         middle = len(shares) // 2
         usual, level, slope = float(np.sort(widths)[middle]), float(np.sort(shares)[middle]), 0.0
         away = widths - usual

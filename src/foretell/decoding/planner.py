@@ -49,6 +49,7 @@ class Planner:
         fewest = PLAIN_TIMED, PLAIN_TIMED, TIMED, TIMED
         self._corrections = [Correction(count) for count in fewest]
         self._of_drafting = Correction(TIMED)  # of making drafts, by their number
+        self._taken = 0  # steps
         self._widths = np.arange(1.0, masks + 2)[:, None] + np.arange(masks * (masks + 1) + 1)  # by drafts and masks
         self.value = np.zeros(masks + 1)
         self._measured, self._drafting = costs.steps(masks), costs.drafting(masks)
@@ -232,16 +233,18 @@ class Planner:
         self, layout: Layout, seconds: float, drafts: int = 0, drafting: float = 0.0, resting: bool = False
     ) -> None:
         """A step of this layout took so long, `drafting` of it for so many drafts; `resting`: nothing was planned."""
+        self._taken += 1
         if drafting > 0 and self._drafting[drafts] > 0:
-            self._of_drafting.took(drafts, drafting / self._drafting[drafts])
+            self._of_drafting.took(drafts, drafting / self._drafting[drafts], self._taken)
             seconds -= drafting
         expected = self.plain_seconds if layout.width == 1 else self._measured[layout.regular - 1, layout.masks]
         kind = 0 if resting else 3 if layout.masks else 2 if layout.regular > 1 else 1
-        self._corrections[kind].took(layout.width if kind > 1 else self.sequences, seconds / expected)
+        width = layout.width if kind > 1 else self.sequences
+        self._corrections[kind].took(width, seconds / expected, self._taken)
 
     def _correct_costs(self) -> None:
         """Steps of every kind cost what they were measured to, corrected by what the latest of them really took."""
-        fits = [correction.fit() for correction in self._corrections]
+        fits = [correction.fit(self._taken) for correction in self._corrections]
         known = next(filter(None, fits), Fit(0.0, 0.0, 0.0))
         known = known._replace(level=max(known.level, 0.0), slope=0.0)  # busy machines slow all, idle ones not
         resting, planned, drafted, masked = fits
@@ -260,7 +263,7 @@ class Planner:
         self._seconds = self._table[self.shapes.verified, self.shapes.hung]
         # (k+1,): seconds of making the drafts of a block of n masks.
         counts = np.maximum(np.arange(self.masks + 1), 1)
-        self.drafting = np.maximum.accumulate(self._drafting * (self._of_drafting.fit() or known).at(counts))
+        self.drafting = np.maximum.accumulate(self._drafting * (self._of_drafting.fit(self._taken) or known).at(counts))
         self._dearer = (self._table - self._table[0]).min(1)  # (k+1,): what verifying d drafts adds, at least
         # Chance of a first draft below which neither it nor what comes behind it pays for its rows.
         self.least_chance = float((self._dearer[1:] / np.arange(1, self.masks + 1)).min()) / self.resting
