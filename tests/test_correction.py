@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from foretell.decoding.calibration import Experience
-from foretell.decoding.correction import AGED, LATEST, Correction
+from foretell.decoding.correction import AGED, LATEST, Correction, Fit, Pace
 from foretell.decoding.costs import Costs
 from foretell.decoding.planner import Planner
 from foretell.layout import Block, Layout
@@ -94,3 +94,31 @@ def test_what_is_long_ago_is_forgotten() -> None:
         correction.took(9, 1.0, AGED + LATEST + now)
     fit = correction.fit(AGED + LATEST + 6)
     assert fit is not None and fit.factor == pytest.approx(1.0)
+
+
+def test_the_pace_is_what_known_kinds_of_steps_have_in_common() -> None:
+    pace, known = Pace(), Fit(np.log(1.5), 0.5, np.log(9))
+    assert pace.usual(7.0, 9, None) == 7.0  # may be the kind
+    for _ in range(40):
+        found = pace.usual(2 * 1.5 * 2**0.5, 18, known)
+    assert found == pytest.approx(1.5 * 2**0.5, rel=1e-3)
+    assert pace.usual(2 * 7.0, 9, None) == pytest.approx(7.0, rel=1e-3)
+    found = pace.usual(2000.0, 9, known)  # a disturbance
+    assert pace.usual(2 * 1.5, 9, known) == pytest.approx(1.5, rel=0.15)
+
+
+def test_steps_of_a_busy_minute_are_no_dearer_than_those_of_a_quiet_one() -> None:
+    """Steps with masks were seen while all took twice as long, plain ones then only in a quiet moment."""
+    planner = Planner(Costs({1: 1.0, 9: 1.2}, {2: 1.2, 81: 3.0}, {8: 0.2}), Experience(8))
+    masked = Layout(1, (Block(0, 8),))
+    real = float(planner._measured[0, 8])
+    for steps, pace in ((16, 1.0), (200, 2.0)):
+        for _ in range(steps):
+            planner.took(masked, pace * real)
+            if pace == 1.0:
+                planner.took(Layout(1), 1.0, resting=True)
+        planner.solve()
+    for _ in range(32):
+        planner.took(Layout(1), 1.0, resting=True)
+    planner.solve()
+    assert planner._table[0, 8] / planner.resting == pytest.approx(real, rel=0.1)

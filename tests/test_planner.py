@@ -264,6 +264,18 @@ def test_costs_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         costs(model, config, batch=2)
 
 
+def test_the_drafting_of_a_batch_is_timed_on_texts_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences alike would read the same few rows of the unembedding, and be done with as soon as one is."""
+    texts = []
+
+    def noting(model: object, latents: torch.Tensor, before: torch.Tensor, *rest: object, **options: object) -> None:
+        texts.append(before[:, 0].tolist())
+
+    monkeypatch.setattr(costs_module, "draft", noting)
+    costs_module.measure(tiny_model(), DecodeConfig(masks=4), batch=3)
+    assert texts and all(len(set(tokens)) == 3 for tokens in texts)
+
+
 def test_every_draft_teaches_once_its_fate_is_known() -> None:
     """Drafts 5 6 7; the text goes on 5 6, then 8: two held, one did not, though no step verified them."""
     experience = Experience(3)

@@ -234,3 +234,20 @@ def test_texts_in_vain_are_counted_not_batches(sequences: int, beginnings: int) 
             for layout in layouts:
                 if layout.masks:
                     experience.made([0.01] * layout.masks)
+
+
+def test_a_batch_soon_learns_that_confidence_was_misplaced() -> None:
+    """A step of 16 sequences tells as much as 16 of one: drafts that never hold are not made eight times over."""
+    tables = {size: Costs({1: size, 9: 1.5 * size}, {2: 1.2 * size, 81: 5.0 * size}, {8: 0.1}) for size in (1, 16)}
+    experience = Experience(8)
+    planner = Planner(tables[1], experience)
+    experience.begin_text(16)
+    planner.reprice(lambda: tables[16], plain_steps(tables, 16))
+    planner.begin_text()
+    logits, made = experience.made([0.9] * 8), 0
+    while planner.layouts([[1.0]] * 16, [100] * 16)[0].masks and made < 8:
+        made += 1
+        for _ in range(16):
+            experience.made([0.9] * 8)
+            experience.calibration.decided(logits, 0)
+    assert 1 <= made <= 4

@@ -15,6 +15,7 @@ SPREAD, SLOPE = 0.1, 0.1  # of logarithms: usual deviation of a step, and of the
 SMALL = 0.03  # deviations below count as so large
 ROUNDS = 4  # of fitting
 DISTURBED = math.log(1.5)  # steps that take so much longer than usual count for nothing
+FOLLOWS = 1 / 4  # of what a step takes beyond the expected, how much is the machine's pace from then on
 
 
 class Fit(NamedTuple):
@@ -33,6 +34,24 @@ class Fit(NamedTuple):
         """Factors (...) for steps of so many rows (...)."""
         factors: Floats = np.exp(self.level + self.slope * (np.log(widths) - self.usual))
         return factors
+
+
+class Pace:
+    """How many times as long as usual all steps take, as the machine is busy or not: the latest of known kinds tell.
+
+    Without it a kind of steps last seen in a busy minute would seem dear beside one seen in a quiet one.
+    """
+
+    def __init__(self) -> None:
+        self._level = 0.0  # logarithm
+
+    def usual(self, share: float, width: float, fit: Fit | None) -> float:
+        """The share of the measured seconds that a step of this kind and width would have taken at the usual pace."""
+        found = share * math.exp(-self._level)
+        if fit is not None:
+            surprise = math.log(found) - fit.level - fit.slope * (math.log(width) - fit.usual)
+            self._level += FOLLOWS * min(max(surprise, -DISTURBED), DISTURBED)
+        return found
 
 
 class Correction:

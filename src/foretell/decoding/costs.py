@@ -189,8 +189,10 @@ def measure(model: MTPModel, config: DecodeConfig, batch: int = 1, widths: Seque
     seconds: dict[tuple[str, int], list[float]] = defaultdict(list)
     start = time.perf_counter()
     for round in range(ROUNDS + 1):
-        # Of real masks, others in every round: how often a chain must be gone over depends on them.
-        token = prompt[round % context].expand(batch, 1)
+        # Of real masks, others in every round and sequence: how often a chain must be gone over depends on them, and
+        # how much of the unembedding is read.
+        first = torch.arange(round * batch, (round + 1) * batch, device=model.base.device)
+        token = first.remainder(model.base.vocab_size)[:, None]
         drafting = _drafting(model, config, token, cache) if widths is None else {}
         for key, task in (tasks | drafting).items():
             task()  # the second of two like steps counts, as in decoding; the first meets cold caches and new hooks

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foretell.decoding.calibration import Experience, Floats
-from foretell.decoding.correction import Correction, Fit
+from foretell.decoding.correction import Correction, Fit, Pace
 from foretell.decoding.costs import Costs
 from foretell.decoding.shapes import shapes
 from foretell.layout import Block, Layout
@@ -17,7 +17,9 @@ from foretell.layout import Block, Layout
 FIRST_ROUNDS, ROUNDS = 10, 2  # of policy iteration, at most: from nothing, and from the last solution
 CLOSE = 0.01  # tokens: a round that changes less is the last
 ENDS = 1e-3  # chance that drafts at hand are lost, as by the end of the text: what would go on for ever has a value
-SOLVE_EVERY = (8, 32)  # steps between solutions, doubling from the first to the second
+# Steps between solutions, doubling from the first to the last: of one sequence and, at least, of a batch, each step of
+# which tells as much as many of one.
+SOLVE_EVERY, SOLVE_BATCH_EVERY = (8, 32), 2
 # A solution for so many times as many sequences, or as few, won't do, unless so few tokens are left. What becomes of
 # more than a few as some of them end is not worth a solution.
 APART, FEW, SHORT = 2, 4, 16
@@ -49,6 +51,7 @@ class Planner:
         fewest = PLAIN_TIMED, PLAIN_TIMED, TIMED, TIMED
         self._corrections = [Correction(count) for count in fewest]
         self._of_drafting = Correction(TIMED)  # of making drafts, by their number
+        self._pace, self._fits = Pace(), [correction.fit() for correction in self._corrections]
         self._taken = 0  # steps
         self._widths = np.arange(1.0, masks + 2)[:, None] + np.arange(masks * (masks + 1) + 1)  # by drafts and masks
         self.value = np.zeros(masks + 1)
@@ -180,6 +183,8 @@ class Planner:
         some texts in which it did to their end, only at one of so many such beginnings."""
         self._in_vain = 0 if self._paid else self._in_vain + 1
         self._began_with = self.sequences
+        if self.sequences > 1 and not (self._solved and self._paid):
+            self._solve_every = max(SOLVE_BATCH_EVERY, SOLVE_EVERY[0] // self.sequences)
         self._probe_every = PROBE_EVERY[0]
         self.probe_soon()
         if self._in_vain * self.sequences >= TEXTS and self._in_vain % TEXTS:
@@ -235,16 +240,18 @@ class Planner:
         """A step of this layout took so long, `drafting` of it for so many drafts; `resting`: nothing was planned."""
         self._taken += 1
         if drafting > 0 and self._drafting[drafts] > 0:
-            self._of_drafting.took(drafts, drafting / self._drafting[drafts], self._taken)
+            share = self._pace.usual(drafting / self._drafting[drafts], drafts, None)
+            self._of_drafting.took(drafts, share, self._taken)
             seconds -= drafting
         expected = self.plain_seconds if layout.width == 1 else self._measured[layout.regular - 1, layout.masks]
         kind = 0 if resting else 3 if layout.masks else 2 if layout.regular > 1 else 1
         width = layout.width if kind > 1 else self.sequences
-        self._corrections[kind].took(width, seconds / expected, self._taken)
+        share = self._pace.usual(seconds / expected, width, self._fits[kind])
+        self._corrections[kind].took(width, share, self._taken)
 
     def _correct_costs(self) -> None:
-        """Steps of every kind cost what they were measured to, corrected by what the latest of them really took."""
-        fits = [correction.fit(self._taken) for correction in self._corrections]
+        """Steps of every kind cost what was measured, corrected by what the latest took at the machine's usual pace."""
+        self._fits = fits = [correction.fit(self._taken) for correction in self._corrections]
         known = next(filter(None, fits), Fit(0.0, 0.0, 0.0))
         known = known._replace(level=max(known.level, 0.0), slope=0.0)  # busy machines slow all, idle ones not
         resting, planned, drafted, masked = fits
