@@ -127,11 +127,13 @@ def test_digest() -> None:
     assert digest([one, one + 1]) != digest([one + 1, one])
 
 
-def test_methods_run_in_another_order_every_round(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_methods_take_turns_at_every_batch_in_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
     names: list[str] = []
+    texts: list[str] = []
 
     def noted(model: Any, ids: Any, method: Any, *arguments: Any, **settings: Any) -> Any:
         names.append(str(method))
+        texts.append(digest(ids))
         return run(model, ids, method, *arguments, **settings)
 
     run = bench_module.run
@@ -142,5 +144,6 @@ def test_methods_run_in_another_order_every_round(monkeypatch: pytest.MonkeyPatc
     names = names[: count * (1 + rounds)]
     orders = [tuple(names[at : at + count]) for at in range(count, len(names), count)]
     assert all(sorted(order) == sorted(names[:count]) for order in orders)
+    assert all(len(set(texts[at : at + count])) == 1 for at in range(0, len(names), count))
     neighbours = {pair for order in orders for pair in itertools.pairwise(order)}
     assert len(neighbours) > count  # turns alone would always put the same one behind each

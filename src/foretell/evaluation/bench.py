@@ -48,8 +48,9 @@ def bench(
 
     The points are all combinations of the sets, `batch` (prompts decoded side by side; the last batch is filled up
     with the first prompts), `temperature` and `context` (tokens of every prompt, see `prompts.to_context`; None: as
-    they are). At each, every round runs every method over all prompts, in another order, so that noise hits
-    all alike; ratios are taken within a round. A method's first pass over one batch is a warm-up, not counted.
+    they are). At each, every round runs every method over all prompts, batch by batch by turns and in another order
+    each time, so that noise hits all alike; ratios are taken within a round. A method's first pass over one batch is a
+    warm-up, not counted.
 
     `strategies` are by default all that draft; `masks` 1, 2, 4, 8 as far as the model goes, and its k. Transformers'
     own ways to draft are `prompt_lookup`, by tokens drafted, and assisted generation with a `draft_model`; both take
@@ -160,12 +161,12 @@ def _measure(
     draft_model: PreTrainedModel | None,
     on_batch: Callable[[], None],
 ) -> Cell:
-    """Every method at one point, `rounds` times in alternation after a warm-up of all."""
+    """Every method at one point, `rounds` times, batch by batch in alternation, after a warm-up of all."""
 
-    def once(method: Method, prompts: Sequence[Tensor]) -> Run:
-        return run(
+    def once(method: Method, start: int, result: Run) -> None:
+        run(
             model,
-            prompts,
+            ids[start : start + point.batch],
             method,
             max_new_tokens,
             on_batch,
@@ -173,16 +174,18 @@ def _measure(
             temperature=point.temperature,
             seed=seed,
             draft_model=draft_model,
+            result=result,
         )
 
     able = possible(methods, point)
     for method in able:
-        once(method, ids[: point.batch])
-    runs: dict[Method, list[Run]] = {method: [] for method in able}
+        once(method, 0, Run())
+    runs: dict[Method, list[Run]] = {method: [Run() for _ in range(rounds)] for method in able}
     for number in range(rounds):
-        # Another order each time: what runs behind wide steps begins with cold caches.
-        for method in random.Random(f"{point} {number}").sample(able, len(able)):
-            runs[method].append(once(method, ids))
+        for start in range(0, len(ids), point.batch):
+            # Another order each time: what runs behind wide steps begins with cold caches.
+            for method in random.Random(f"{point} {number} {start}").sample(able, len(able)):
+                once(method, start, runs[method][number])
     rows = [_row(model, point, ids, method, runs) for method in able]
     left_out = {str(method): reason for method in methods if (reason := method.refusal(point.batch))}
     return Cell(point, len(ids), digest(ids), rows, left_out)

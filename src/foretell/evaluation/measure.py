@@ -127,9 +127,13 @@ def run(
     temperature: float = 0.0,
     seed: int = 0,
     draft_model: PreTrainedModel | None = None,
+    result: Run | None = None,
 ) -> Run:
-    """Decodes prompts, (1, n) int64 each, `batch` of them side by side at a time; `draft_model` is for ASSISTED."""
-    result = Run()
+    """Decodes prompts, (1, n) int64 each, `batch` of them side by side at a time; `draft_model` is for ASSISTED.
+
+    Goes on with `result`, if given.
+    """
+    result = Run() if result is None else result
     for start in range(0, len(prompts), batch):
         ids = prompts[start : start + batch]
         if method.of_transformers:
