@@ -17,6 +17,7 @@ from foretell.decoding.planner import Planner
 from foretell.layout import Block, Layout, linear, plain, quadratic
 
 MARGIN = 1.15  # by which the text's own drafts must promise more than those of the masks: the better guess flatters
+TIMED = 4  # of how many steps at rest one is timed: they are all alike, and what there is to remember takes its time
 WATCHED = 4  # sequences of a batch that are watched while it rests: each of their tokens costs a microsecond
 
 
@@ -104,6 +105,8 @@ class Adaptive:
     texts: dict[int, TextLookup] = field(default_factory=dict)
     pause: Pause | None = None  # None: it never pauses
     paused: bool = False
+    rests: bool = False  # whether that is the planner's choice
+    at_rest: int = 0  # steps
     listens: bool = False  # whether promising drafts of the text are looked for nevertheless
     planning: Planner | None = None  # who planned the last step
     made: int = 0  # drafts of the masks behind it
@@ -175,6 +178,10 @@ class Adaptive:
             if self.pause is not None and not self.paused:
                 self.pause.began()
             return
+        if self.rests:
+            self.at_rest += 1
+            if self.at_rest % TIMED:
+                return
         self.planning.took(layout, seconds, self.made, drafting, self.paused)
         if self.pause is not None:
             sequences, share = self.planning.sequences, seconds / self.planning.plain_seconds
@@ -193,9 +200,9 @@ class Adaptive:
             planner.probe_soon()
         alone = len(running) == 1
         has_drafts = alone and running[0].drafts > 0
-        rests = not (paused or has_drafts) and planner.rests(max(row.remaining for row in running))
-        self.listens = rests and alone and self.lookup
-        if rests or paused:
+        self.rests = not (paused or has_drafts) and planner.rests(max(row.remaining for row in running))
+        self.listens = self.rests and alone and self.lookup
+        if self.rests or paused:
             if self.listens or not self._foretold(running):
                 return True
             planner.wake()
