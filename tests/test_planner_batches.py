@@ -215,23 +215,6 @@ def test_a_batch_at_rest_that_thins_out_is_solved_for_again(left: int, tried: bo
         assert not planner.rests(100)
 
 
-def test_the_longer_in_vain_the_rarer_texts_begin_with_masks() -> None:
-    """And of texts one by one masks are hung once in 256 steps otherwise, however short they are."""
-    planner = Planner(noisy_costs(8, COSTS["135M"], 0.0, np.random.default_rng(0)), experience := Experience(8))
-    began, within = [], 0
-    for number in range(50):
-        planner.begin_text()
-        for step in range(100):
-            hung = planner.layouts([[1.0]], [1000])[0].masks
-            if hung:
-                experience.calibration.decided(experience.made([0.01] * 8), 0)
-            if hung and not step:
-                began.append(number)
-            within += bool(hung and step and number > 16)
-    assert [number for number in began if number > 3] == [4, 8, 16, 32, 48]
-    assert 8 <= within <= 33 * 100 // 256 + 1
-
-
 @pytest.mark.parametrize("sequences, beginnings", [(1, 4), (4, 1), (16, 1)])
 def test_texts_in_vain_are_counted_not_batches(sequences: int, beginnings: int) -> None:
     """After four texts in which nothing paid the next does not begin with masks."""

@@ -30,7 +30,7 @@ PROBE_MASKS, FEWEST_PROBED = 4, 2  # the first drafts tell most
 TOO_LATE = 8  # tokens that a text may still get in which nothing is tried any more
 PAYS = 0.97  # plain steps that a token must cost less than for anything else to be worth its trouble
 SETTLED = 4  # steps after which the fate of what was tried is known
-TEXTS = (4, 16)  # in a row in which nothing paid, after which only one of so many begins with masks
+TEXTS = 4  # in a row in which nothing paid, after which only one of so many begins with masks
 
 
 class Planner:
@@ -180,17 +180,14 @@ class Planner:
 
     def begin_text(self) -> None:
         """A new text, or a batch of them, may be of another kind: try masks at once if plain decoding seems best; after
-        some texts in which it did to their end, only at one of so many such beginnings, and then of ever more."""
+        some texts in which it did to their end, only at one of so many such beginnings."""
         self._in_vain = 0 if self._paid else self._in_vain + 1
         self._began_with = self.sequences
         if self.sequences > 1 and not (self._solved and self._paid):
             self._solve_every = max(SOLVE_BATCH_EVERY, SOLVE_EVERY[0] // self.sequences)
-        hopeful = self._in_vain * self.sequences < TEXTS[0]
-        if hopeful:
-            self._probe_every = PROBE_EVERY[0]
-        if hopeful or self._in_vain % min(max(TEXTS[0], 1 << self._in_vain.bit_length() - 1), TEXTS[1]) == 0:
-            self.probe_soon()
-        elif self.sequences > 1:  # so many texts are worth a look further on
+        self._probe_every = PROBE_EVERY[0]
+        self.probe_soon()
+        if self._in_vain * self.sequences >= TEXTS and self._in_vain % TEXTS:
             self._without_masks, self._probe_every = SETTLED + 1, PROBE_RARER * PROBE_EVERY[0]
 
     def rests(self, remaining: int) -> bool:
