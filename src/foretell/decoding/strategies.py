@@ -205,6 +205,7 @@ class Adaptive:
         if self.rests or paused:
             if self.listens or not self._foretold(running):
                 return True
+            self.rests = False
             planner.wake()
         return False
 
