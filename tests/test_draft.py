@@ -91,7 +91,10 @@ def test_logits_read_along_change_nothing(use_sampler: bool) -> None:
 
 @pytest.mark.parametrize("shortlist", [0, VOCAB])
 @pytest.mark.parametrize("use_sampler", [True, False])
-def test_confidence_is_the_drafts_own_probability(use_sampler: bool, shortlist: int) -> None:
+def test_confidence_is_the_drafts_own_probability(
+    use_sampler: bool, shortlist: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("foretell.decoding.draft.LEAST_REACH", 0.0)  # unlikely ones are made again, too
     model = tiny_model()
     latents = torch.randn(1, 4, model.base.d_model, generator=torch.Generator().manual_seed(0))
     before = torch.tensor([[3, 5]])
@@ -138,15 +141,17 @@ def test_a_chain_that_was_guessed_takes_one_sweep_and_any_no_more_than_masks(mon
 
 def test_only_drafts_behind_changed_ones_are_made_again() -> None:
     """Two blocks of four, each draft made behind the two before it."""
-    open = Open([[1, 2, 3, 4], [5, 6, 7, 8]], 2)
+    open = Open([[10, 11, 1, 2, 3, 4], [12, 13, 5, 6, 7, 8]], 2)
+    assert open.before[:4] == [[11, 10], [1, 11], [2, 1], [3, 2]] and open.before[4] == [13, 12]
     assert open.again([1, 9, 3, 4, 5, 6, 7, 9], None) == [2, 3]  # nothing lies behind the last of a block
+    assert open.before == [[9, 1], [3, 9]]
     assert open.again([3, 9], None) == []
     sure = [0.5, 0.5, 0.9, 0.9, 0.9, 0.05, 0.9, 0.9]
-    open = Open([[1, 2, 3, 4], [5, 6, 7, 8]], 1)
+    open = Open([[10, 1, 2, 3, 4], [11, 5, 6, 7, 8]], 1)
     assert open.again([9, 9, 3, 4, 5, 9, 9, 8], sure) == [1, 2]  # the end of the second is hardly reached
-    sure[1], sure[5] = 0.3, 0.9
+    sure[1], sure[5] = 0.6, 0.9
     assert open.again([9, 4], sure) == [3, 6, 7]  # now it is
-    open = Open([[1, 2]], 1)
+    open = Open([[10, 1, 2]], 1)
     assert open.again([9, 2], [0.05, 1.0]) == []
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from foretell.config import MTPConfig
 from foretell.packed import PackedProduct
+from foretell.token_terms import TokenTerms
 
 
 class SplitLinear(nn.Linear):
@@ -43,29 +44,39 @@ class SplitLinear(nn.Linear):
 class Sampler(nn.Module):
     """A map of embeddings (..., T, E) and a mask's latent z (..., D) to the latent to be unembedded.
 
-    The embeddings are of the T = `tokens` tokens before the one to draft, the latest first. It comes in two parts,
-    because decoding knows all latents of a block at once but the tokens only one by one:
-    `prepare` reads the latents, `finish` the tokens.
+    The embeddings are of the T = `tokens` tokens before the one to draft, the latest first. It comes in parts, because
+    decoding knows all latents of a block at once but the tokens only one by one, and meets the same ones again:
+    `prepare` reads the latents, `terms` the tokens, `finish` what those two made.
     """
 
     tokens: int
+    remembered: TokenTerms | None = None  # once laid out
 
     def prepare(self, latent: Tensor) -> Tensor:
         """latent (..., D) -> (..., P): what needs no token."""
         raise NotImplementedError
 
-    def finish(self, prepared: Tensor, embedding: Tensor, latent: Tensor) -> Tensor:
-        """`prepared` (..., P), embedding (..., T, E), latent (..., D) -> (..., D), to be unembedded by the base."""
+    def terms(self, embedding: Tensor) -> Tensor:
+        """embedding (..., T, E) -> (..., Q): a sum of what each token adds by itself; one of zeros adds nothing."""
+        raise NotImplementedError
+
+    def finish(self, prepared: Tensor, terms: Tensor, latent: Tensor) -> Tensor:
+        """`prepared` (..., P), `terms` (..., Q), latent (..., D) -> (..., D), to be unembedded by the base."""
         raise NotImplementedError
 
     def forward(self, embedding: Tensor, latent: Tensor) -> Tensor:
-        return self.finish(self.prepare(latent), embedding, latent)
+        return self.finish(self.prepare(latent), self.terms(embedding), latent)
 
     def lay_out(self) -> None:
-        """See `SplitLinear.lay_out`."""
+        """See `SplitLinear.lay_out`; what tokens add is remembered from here on, too."""
         for module in self.modules():
             if isinstance(module, SplitLinear):
                 module.lay_out()
+        self.remembered = TokenTerms(self.terms)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.remembered = None
+        return super()._apply(fn, recurse)
 
 
 class SamplerHead(Sampler):
@@ -89,9 +100,11 @@ class SamplerHead(Sampler):
     def prepare(self, latent: Tensor) -> Tensor:
         return self.first.part(latent.reshape(-1, latent.shape[-1]), 1).view(latent.shape)
 
-    def finish(self, prepared: Tensor, embedding: Tensor, latent: Tensor) -> Tensor:
-        hidden = prepared + self.first.part(embedding.flatten(-2))
-        hidden = self.first_norm(F.silu(hidden))
+    def terms(self, embedding: Tensor) -> Tensor:
+        return self.first.part(embedding.flatten(-2))
+
+    def finish(self, prepared: Tensor, terms: Tensor, latent: Tensor) -> Tensor:
+        hidden = self.first_norm(F.silu(prepared + terms))
         out = self.second_norm(F.silu(self.second.part(hidden)))
         return latent + out if self.residual else out
 
@@ -114,9 +127,9 @@ class Bigram(nn.Module):
         """latent (..., D) -> its rms (..., 1), from which nothing is to be learnt."""
         return torch.linalg.vector_norm(latent.detach(), dim=-1, keepdim=True) / latent.shape[-1] ** 0.5
 
-    def forward(self, embedding: Tensor, scale: Tensor) -> Tensor:
-        normed = F.rms_norm(embedding, embedding.shape[-1:]).flatten(-2)
-        return scale * self.b.part(self.a.part(normed))
+    def forward(self, embedding: Tensor) -> Tensor:
+        """embedding (..., T, E) -> (..., D), in units of the latent's size."""
+        return self.b.part(self.a.part(F.rms_norm(embedding, embedding.shape[-1:]).flatten(-2)))
 
 
 class BigramHead(Sampler):
@@ -130,8 +143,11 @@ class BigramHead(Sampler):
     def prepare(self, latent: Tensor) -> Tensor:
         return Bigram.scale(latent)
 
-    def finish(self, prepared: Tensor, embedding: Tensor, latent: Tensor) -> Tensor:
-        return latent + self.bigram(embedding, prepared)
+    def terms(self, embedding: Tensor) -> Tensor:
+        return self.bigram(embedding)
+
+    def finish(self, prepared: Tensor, terms: Tensor, latent: Tensor) -> Tensor:
+        return latent + prepared * terms
 
 
 class CombinedHead(SamplerHead):
@@ -144,9 +160,12 @@ class CombinedHead(SamplerHead):
     def prepare(self, latent: Tensor) -> Tensor:
         return torch.cat([super().prepare(latent), Bigram.scale(latent)], dim=-1)
 
-    def finish(self, prepared: Tensor, embedding: Tensor, latent: Tensor) -> Tensor:
-        out = super().finish(prepared[..., :-1], embedding, latent)
-        return out + self.bigram(embedding, prepared[..., -1:])
+    def terms(self, embedding: Tensor) -> Tensor:
+        return torch.cat([super().terms(embedding), self.bigram(embedding)], dim=-1)
+
+    def finish(self, prepared: Tensor, terms: Tensor, latent: Tensor) -> Tensor:
+        of_mlp, of_table = terms.split([terms.shape[-1] - latent.shape[-1], latent.shape[-1]], -1)
+        return super().finish(prepared[..., :-1], of_mlp, latent) + prepared[..., -1:] * of_table
 
 
 def make_sampler(config: MTPConfig, d_model: int, d_embedding: int) -> Sampler | None:

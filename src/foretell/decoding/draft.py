@@ -18,7 +18,7 @@ from foretell.packed import PackedLinear
 LARGE_VOCABULARY, SHORTLIST = 2048, 64
 ALONG = 2  # blocks' worth of masks
 UNSEEN_SWEEPS = 5  # over a chain, where looking whether it has settled would stall the queue
-LEAST_REACH = 0.1  # chance of drafts up to one that has changed, below which those behind it may stay
+LEAST_REACH = 0.25  # chance of drafts up to one that has changed, below which those behind it may stay
 
 # Scores (n, V), or (n, m) of tokens (n, m), of the drafts with these numbers (n,), block after block, or, if None, of
 # all B · K -> which of them, (n,).
@@ -138,16 +138,20 @@ def draft(
             tokens = short.tokens
     prepared, count = sampler.prepare(latents), sampler.tokens
     # The tokens before each block, the oldest first, and its drafts; where each draft stands; what stands before it.
-    text = torch.cat([before[:, :count].flip(1), drafts.view(shape)], dim=1).flatten()
-    own = torch.arange(len(text), device=text.device).view(len(before), -1)[:, count:].flatten()
+    text = torch.cat([before[:, :count].flip(1), drafts.view(shape)], dim=1)
+    own = torch.arange(text.numel(), device=text.device).view(text.shape)[:, count:].flatten()
     behind = own[:, None] - torch.arange(1, count + 1, device=text.device)
     sure = torch.ones(len(own), device=text.device) if confident else None
     seen = latents.device.type == "cpu"
-    pending = Open(drafts.view(shape).tolist(), count) if seen else None
+    pending = Open(text.tolist(), count) if seen else None
+    text = text.flatten()
     numbers: Tensor | None = None  # of the drafts to make; all
     for _ in range(masks if seen else min(masks, UNSEEN_SWEEPS)):
-        before_each = model.base.embed(text[numbered(behind, numbers)])
-        sampled = sampler.finish(numbered(prepared, numbers), before_each, numbered(latents, numbers))
+        if pending is not None and sampler.remembered is not None:
+            terms = sampler.remembered.of(pending.before, model.base.embed)
+        else:
+            terms = sampler.terms(model.base.embed(text[numbered(behind, numbers)]))
+        sampled = sampler.finish(numbered(prepared, numbers), terms, numbered(latents, numbers))
         scores = model.base.unembed(sampled) if short is None else short.scores(sampled, numbers)
         of = None if tokens is None else numbered(tokens, numbers)
         index = choose(scores, of, numbers)
@@ -172,21 +176,31 @@ def confidence(scores: Tensor, index: Tensor) -> Tensor:
 class Open:
     """Which drafts of a chain may still change: those behind drafts that did."""
 
-    def __init__(self, guess: Sequence[Sequence[int]], count: int) -> None:
-        """B blocks of K guesses; each draft depends on the `count` before it."""
-        self.masks, self.count = len(guess[0]), count
-        self.tokens = [token for block in guess for token in block]
-        self.numbers = list(range(len(self.tokens)))
+    def __init__(self, texts: Sequence[Sequence[int]], count: int) -> None:
+        """B blocks of K guesses, each behind the `count` tokens before it; a draft depends on as many."""
+        self.masks, self.count = len(texts[0]) - count, count
+        self.texts = [list(text) for text in texts]
+        self.numbers = list(range(len(texts) * self.masks))  # of the drafts to make
         self.stale: set[int] = set()  # what was made behind other tokens
+
+    @property
+    def before(self) -> list[list[int]]:
+        """The tokens before each of the drafts to make, the latest first."""
+        found, count = [], self.count
+        for number in self.numbers:
+            block, place = divmod(number, self.masks)
+            found.append(self.texts[block][place : place + count][::-1])
+        return found
 
     def again(self, made: Sequence[int], sure: Sequence[float] | None) -> list[int]:
         """The drafts of the numbers named last, at first of all, and the confidences of all -> which to make again:
         those made behind other tokens, unless it is unlikely that they are reached."""
         self.stale.difference_update(self.numbers)
         for number, token in zip(self.numbers, made, strict=True):
-            if token != self.tokens[number]:
-                self.tokens[number] = token
-                end = number - number % self.masks + self.masks
+            block, place = divmod(number, self.masks)
+            if token != self.texts[block][place + self.count]:
+                self.texts[block][place + self.count] = token
+                end = number - place + self.masks
                 self.stale.update(range(number + 1, min(number + 1 + self.count, end)))
         self.numbers = sorted(self.stale)
         if sure is not None:
