@@ -14,6 +14,7 @@ from foretell.config import DecodeConfig
 from foretell.decoding.pick import Picker, first_largest
 from foretell.model import MTPModel
 from foretell.packed import PackedLinear
+from foretell.sampler import Sampler
 
 LARGE_VOCABULARY, SHORTLIST = 2048, 64
 ALONG = 2  # blocks' worth of masks
@@ -23,6 +24,13 @@ LEAST_REACH = 0.25  # chance of drafts up to one that has changed, below which t
 # Scores (n, V), or (n, m) of tokens (n, m), of the drafts with these numbers (n,), block after block, or, if None, of
 # all B · K -> which of them, (n,).
 Choose = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
+Embed = Callable[[Tensor], Tensor]  # tokens (...) -> (..., E)
+
+
+class Sweep(Protocol):
+    """Makes the drafts with these numbers (n,), or all, behind tokens with these terms: drafts and confidences (n,)."""
+
+    def __call__(self, terms: Tensor, numbers: Tensor | None = None) -> tuple[Tensor, Tensor | None]: ...
 
 
 def largest(scores: Tensor, tokens: Tensor | None, numbers: Tensor | None) -> Tensor:
@@ -128,44 +136,54 @@ def draft(
         scores = model.base.unembed(latents) if logits is None else logits
         drafts = choose(scores, None, None)
         return drafts.view(shape), confidence(scores, drafts).view(shape) if confident else None
-    short, tokens = None, None
+    short = None
     drafts = before[:, 0]  # of a single mask nothing is to be guessed
     if masks > 1 or shortlist:
         scores = model.base.unembed(latents) if logits is None else logits
         drafts = choose(scores, None, None) if masks > 1 else drafts
         if shortlist and isinstance(model.base.head, (nn.Linear, PackedLinear)):
             short = Shortlist(model, scores, shortlist)
-            tokens = short.tokens
-    prepared, count = sampler.prepare(latents), sampler.tokens
-    # The tokens before each block, the oldest first, and its drafts; where each draft stands; what stands before it.
-    text = torch.cat([before[:, :count].flip(1), drafts.view(shape)], dim=1)
-    own = torch.arange(text.numel(), device=text.device).view(text.shape)[:, count:].flatten()
-    behind = own[:, None] - torch.arange(1, count + 1, device=text.device)
-    sure = torch.ones(len(own), device=text.device) if confident else None
-    seen = latents.device.type == "cpu"
-    pending = Open(text.tolist(), count) if seen else None
-    text = text.flatten()
-    numbers: Tensor | None = None  # of the drafts to make; all
-    for _ in range(masks if seen else min(masks, UNSEEN_SWEEPS)):
-        if pending is not None and sampler.remembered is not None:
-            terms = sampler.remembered.of(pending.before, model.base.embed)
-        else:
-            terms = sampler.terms(model.base.embed(text[numbered(behind, numbers)]))
+    prepared = sampler.prepare(latents)
+
+    def sweep(terms: Tensor, numbers: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """`Sampler.terms` (n, Q) of what stands before the drafts with these numbers, or all -> those drafts (n,)."""
         sampled = sampler.finish(numbered(prepared, numbers), terms, numbered(latents, numbers))
         scores = model.base.unembed(sampled) if short is None else short.scores(sampled, numbers)
-        of = None if tokens is None else numbered(tokens, numbers)
+        of = None if short is None else numbered(short.tokens, numbers)
         index = choose(scores, of, numbers)
         made = index if of is None else of.gather(1, index[:, None])[:, 0]
-        text.index_copy_(0, numbered(own, numbers), made)
-        if sure is not None:
-            of_made = confidence(scores, index)
-            sure = of_made if numbers is None else sure.index_copy_(0, numbers, of_made)
-        if pending is not None:
-            again = pending.again(made.tolist(), None if sure is None else sure.tolist())
-            if not again:
-                break
-            numbers = torch.tensor(again)
-    return text[own].view(shape), None if sure is None else sure.view(shape)
+        return made, confidence(scores, index) if confident else None
+
+    guessed = torch.cat([before[:, : sampler.tokens].flip(1), drafts.view(shape)], dim=1)
+    return (seen if latents.device.type == "cpu" else unseen)(model.base.embed, sampler, guessed, sweep)
+
+
+def seen(embed: Embed, sampler: Sampler, guessed: Tensor, sweep: Sweep) -> tuple[Tensor, Tensor | None]:
+    """`draft`'s chain, from the T tokens before each block, the oldest first, and a guess of its K drafts, (B, T + K).
+
+    After each sweep it looks what has yet to settle.
+    """
+    chain, numbers = Open(guessed.tolist(), sampler.tokens), None
+    for _ in range(chain.masks):
+        if sampler.remembered is not None:
+            terms = sampler.remembered.of(chain.before, embed)
+        else:
+            terms = sampler.terms(embed(torch.tensor(chain.before)))
+        made, sure = sweep(terms, numbers)
+        if not chain.again(made.tolist(), None if sure is None else sure.tolist()):
+            break
+        numbers = torch.tensor(chain.numbers)
+    return torch.tensor(chain.drafts), torch.tensor(chain.sure).view(-1, chain.masks) if chain.sure else None
+
+
+def unseen(embed: Embed, sampler: Sampler, guessed: Tensor, sweep: Sweep) -> tuple[Tensor, Tensor | None]:
+    """The same without a look, which would stall a device's queue: all drafts are made again, a few times."""
+    text, count, sure = guessed.clone(), sampler.tokens, None
+    for _ in range(min(text.shape[1] - count, UNSEEN_SWEEPS)):
+        behind = text[:, :-1].unfold(1, count, 1).flatten(0, 1).flip(1)  # (B · K, T), the latest first
+        made, sure = sweep(sampler.terms(embed(behind)))
+        text[:, count:] = made.view(len(text), -1)
+    return text[:, count:], None if sure is None else sure.view(len(text), -1)
 
 
 def confidence(scores: Tensor, index: Tensor) -> Tensor:
@@ -180,8 +198,14 @@ class Open:
         """B blocks of K guesses, each behind the `count` tokens before it; a draft depends on as many."""
         self.masks, self.count = len(texts[0]) - count, count
         self.texts = [list(text) for text in texts]
+        self.sure: list[float] = []  # confidences of all drafts, if they are told
         self.numbers = list(range(len(texts) * self.masks))  # of the drafts to make
         self.stale: set[int] = set()  # what was made behind other tokens
+
+    @property
+    def drafts(self) -> list[list[int]]:
+        """(B, K)."""
+        return [text[self.count :] for text in self.texts]
 
     @property
     def before(self) -> list[list[int]]:
@@ -192,9 +216,9 @@ class Open:
             found.append(self.texts[block][place : place + count][::-1])
         return found
 
-    def again(self, made: Sequence[int], sure: Sequence[float] | None) -> list[int]:
-        """The drafts of the numbers named last, at first of all, and the confidences of all -> which to make again:
-        those made behind other tokens, unless it is unlikely that they are reached."""
+    def again(self, made: Sequence[int], sure: Sequence[float] | None = None) -> list[int]:
+        """The drafts of the numbers named last, at first of all, and their confidences -> which to make again: those
+        made behind other tokens, unless it is unlikely that they are reached."""
         self.stale.difference_update(self.numbers)
         for number, token in zip(self.numbers, made, strict=True):
             block, place = divmod(number, self.masks)
@@ -202,9 +226,13 @@ class Open:
                 self.texts[block][place + self.count] = token
                 end = number - place + self.masks
                 self.stale.update(range(number + 1, min(number + 1 + self.count, end)))
-        self.numbers = sorted(self.stale)
         if sure is not None:
-            self.numbers = [n for n in self.numbers if math.prod(sure[n - n % self.masks : n]) >= LEAST_REACH]
+            self.sure = self.sure or [1.0] * len(sure)
+            for number, chance in zip(self.numbers, sure, strict=True):
+                self.sure[number] = chance
+        self.numbers = sorted(self.stale)
+        if self.sure:
+            self.numbers = [n for n in self.numbers if math.prod(self.sure[n - n % self.masks : n]) >= LEAST_REACH]
         return self.numbers
 
 
