@@ -209,7 +209,7 @@ class Open:
 
     @property
     def before(self) -> list[list[int]]:
-        """The tokens before each of the drafts to make, the latest first."""
+        """(n, T): the tokens before each of the drafts to make, the latest first."""
         found, count = [], self.count
         for number in self.numbers:
             block, place = divmod(number, self.masks)
