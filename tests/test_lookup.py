@@ -10,7 +10,7 @@ import torch
 
 from foretell.config import DecodeConfig
 from foretell.decoding.calibration import Experience
-from foretell.decoding.lookup import LONGEST, REMEMBERED, TRIED, Found, TextLookup, match_log_odds
+from foretell.decoding.lookup import LONGEST, REMEMBERED, TRIED, Found, TextLookup
 from foretell.decoding.planner import Planner
 from foretell.decoding.strategies import Adaptive, Running
 from foretell.evaluation.optimum import by_width
@@ -59,7 +59,7 @@ def test_a_loop_goes_on_and_short_or_new_text_gives_nothing() -> None:
 
 
 def test_longer_matches_promise_more() -> None:
-    first = [match_log_odds(Found([0] * 3, matched)) for matched in (1, 3, 9)]
+    first = [Found([0] * 3, matched).log_odds() for matched in (1, 3, 9)]
     assert np.exp([logits[0] for logits in first]) == pytest.approx([1 / 3, 1.0, 3.0])
     assert all(one < other for logits in first for one, other in pairwise(logits))
 
@@ -74,7 +74,7 @@ def test_a_text_that_has_begun_to_repeat_itself_promises_more_than_one_that_stop
     held, failed = going_on.find([*text, 2, 3], 4), other.find([*text, 7], 4)
     assert held[2:] == (1.0, 0.0) and failed[2:] == (0.0, 1.0)
     assert going_on.find([*text, 2, 3, 9, 2], 4)[2:] == pytest.approx((REMEMBERED, 1.0))
-    same = [match_log_odds(Found([0], 2, *found[2:]))[0] for found in (held, Found([], 0), failed)]
+    same = [Found([0], 2, *found[2:]).evidence() for found in (held, Found([], 0), failed)]
     assert same == sorted(same, reverse=True) and len(set(same)) == 3
 
 
@@ -113,13 +113,26 @@ def test_both_kinds_of_drafts_teach_their_own_calibration() -> None:
         row.drafts = 3
     strategy.experience.recent_reach()
     (found,) = strategy.open[0] or [strategy._found(row)]
-    assert strategy.experience.lookup.reach(found.logits)[3] > 0.9
+    assert strategy.experience.lookup.reach(found.logits, found.evidence)[3] > 0.9
     assert strategy.experience.calibration.chance(2.0, 0) < 0.1
+
+
+def test_what_became_of_a_texts_own_drafts_counts_as_much_as_experience_says() -> None:
+    """First drafts hold as often as earlier ones of their text did, whatever the length of the match."""
+    random, lookup = np.random.default_rng(0), Experience(3).lookup
+    texts = (Found([0], 2, 18.0, 2.0), Found([0], 2, 2.0, 18.0))
+    for _ in range(20):
+        for _ in range(40):
+            good = int(random.integers(2))
+            lookup.decided([random.uniform(-1, 1)], int(random.random() < (0.1, 0.9)[good]), texts[1 - good].evidence())
+        lookup.learn()
+    often, seldom = ([lookup.chance(logit, 0, text.evidence()) for logit in (-1.0, 1.0)] for text in texts)
+    assert often == pytest.approx([0.9] * 2, abs=0.06) and seldom == pytest.approx([0.1] * 2, abs=0.06)
 
 
 def test_masks_are_worth_less_where_the_text_repeats_itself() -> None:
     worth = []
-    for found in ([], [3.0] * 3):
+    for found in ([1.0], [1.0, 0.95, 0.9, 0.85]):
         strategy = adaptive()
         for _ in range(32):
             strategy.experience.made([0.7] * 3)

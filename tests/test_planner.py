@@ -280,7 +280,7 @@ def test_every_draft_teaches_once_its_fate_is_known() -> None:
     """Drafts 5 6 7; the text goes on 5 6, then 8: two held, one did not, though no step verified them."""
     experience = Experience(3)
     taught: list[int] = []
-    experience.calibration.decided = lambda logits, held: taught.append(held)  # type: ignore[method-assign]
+    experience.calibration.decided = lambda logits, held, evidence: taught.append(held)  # type: ignore[method-assign]
     planner = Planner(noisy_costs(3, by_width({1: 1.0, 16: 3.0}), 0.0, np.random.default_rng(0)), experience)
     strategy, row = Adaptive(lambda sequences: planner, experience), Running(0, 100, [1], drafts=3)
     strategy.drafted([row], torch.tensor([[5, 6, 7]]), torch.full((1, 3), 0.5))

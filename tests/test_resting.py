@@ -112,6 +112,24 @@ def test_one_sequence_at_rest_takes_up_only_promising_drafts_of_its_text(text: l
     assert strategy.paused != verified and (layout.regular > 1) == verified
 
 
+@pytest.mark.parametrize("dear, verified", [(False, 1), (True, 0)])
+def test_drafts_that_would_not_be_verified_are_not_planned_for_and_teach(dear: bool, verified: int) -> None:
+    """Their first is likely enough to pay for a row if all behind it held, but by what may be expected none pays."""
+    strategy, planner = planless(0.02)
+    course_of(strategy, planner, 40, 0.02, sequences=1)
+    row = Running(99, 10**6, list(range(20)) * 2)
+    assert strategy.layouts([Running(98, 10**6, list(range(50)))]) == [plain()] and strategy.paused
+    planner.least_chance = 0.0
+    if dear:
+        planner._table[1:] += 4 * planner.resting
+    drafts = strategy.drafted([row], torch.empty((1, 0), dtype=torch.long), None)
+    assert bool(drafts.numel()) == bool(row.drafts) == bool(verified)
+    (block,) = strategy.open[99]
+    assert block.drafts == [0, 1, 2]
+    (layout,) = strategy.layouts([row])
+    assert strategy.paused != verified and (layout.regular > 1) == verified
+
+
 def test_one_sequence_without_lookup_rests_from_everything() -> None:
     strategy, planner = planless(0.02)
     strategy.lookup = False

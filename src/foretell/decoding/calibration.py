@@ -11,11 +11,14 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-PRIOR_VARIANCE = {"bias": 1.0, "slope": 0.25, "place": 0.25}
+PRIOR_VARIANCE = {"bias": 1.0, "slope": 0.25, "evidence": 0.25, "place": 0.25}
 DRIFT = 3e-4  # variance gained per block: what was learnt on another text fades
 LIMIT = 6.0  # of a confidence's log-odds, about 0.25 %
 ROUNDS = 3  # of fitting the same blocks
 WINDOW = 32  # blocks whose confidences stand for those to come
+EARLIER = 4  # texts whose blocks do while a new one has told little
+ALIKE = 0.2  # of the variance within a text, how much there is between texts: a first guess, worth `GUESSED` texts
+GUESSED = 2
 TEXTS = 16  # whose ends tell how texts end
 FIRST_GUESS = 0.6  # confidence of every draft before anything was seen
 
@@ -28,7 +31,8 @@ def log_odds(confidence: float) -> float:
 
 
 class Calibration:
-    """log-odds that draft j holds if those before it do = bias + place_j + slope · (log-odds of its confidence).
+    """log-odds that draft j holds if those before it do = bias + place_j + slope · (log-odds of its confidence)
+    + weight · (evidence for the whole block, as log-odds: 0 if there is none).
 
     A Bayesian logistic regression, fitted to some blocks at a time (Jaakkola and Jordan's variational bound: it never
     overshoots); its coefficients drift, so that it follows the text. It starts by believing the confidences.
@@ -36,53 +40,55 @@ class Calibration:
 
     def __init__(self, masks: int) -> None:
         self.masks = masks
-        self.mean = np.zeros(masks + 2)  # bias, slope, places
-        self.mean[1] = 1.0
-        self._prior = np.array([PRIOR_VARIANCE["bias"], PRIOR_VARIANCE["slope"], *[PRIOR_VARIANCE["place"]] * masks])
+        self.mean = np.zeros(masks + 3)  # bias, slope, weight of the evidence, places
+        self.mean[1:3] = 1.0
+        bias, slope, evidence, place = PRIOR_VARIANCE.values()
+        self._prior = np.array([bias, slope, evidence, *[place] * masks])
         self.covariance = np.diag(self._prior)
         self._coefficients: list[float] = self.mean.tolist()
-        self._news: list[tuple[Sequence[float], int]] = []
+        self._news: list[tuple[Sequence[float], int, float]] = []
         self._reach: dict[tuple[float, ...], list[float]] = {}  # since learning last
 
-    def chance(self, logit: float, place: int) -> float:
+    def chance(self, logit: float, place: int, evidence: float = 0.0) -> float:
         """That draft `place`, from 0, holds if those before it do; for the log-odds of its confidence."""
-        bias, slope = self._coefficients[:2]
-        return 1 / (1 + math.exp(-bias - slope * logit - self._coefficients[2 + place]))
+        bias, slope, weight = self._coefficients[:3]
+        return 1 / (1 + math.exp(-bias - slope * logit - weight * evidence - self._coefficients[3 + place]))
 
-    def reach(self, logits: Sequence[float]) -> list[float]:
+    def reach(self, logits: Sequence[float], evidence: float = 0.0) -> list[float]:
         """Log-odds of the confidences of drafts 1..n -> the chances that the first 0, 1, ... n hold."""
-        known = self._reach.get(key := tuple(logits))  # those of the text's own drafts recur
+        known = self._reach.get(key := (evidence, *logits))  # those of the text's own drafts recur
         if known is None:
             known = [1.0]
             for place, logit in enumerate(logits):
-                known.append(known[-1] * self.chance(logit, place))
+                known.append(known[-1] * self.chance(logit, place, evidence))
             self._reach[key] = known
         return known
 
     def reaches(self, logits: Sequence[Sequence[float]]) -> Floats:
-        """As `reach`, of many blocks of all k drafts at once: (N, k) -> (N, k+1)."""
-        held = self.mean[0] + self.mean[1] * np.array(logits) + self.mean[2:]
+        """As `reach`, of many blocks of all k drafts at once, without other evidence: (N, k) -> (N, k+1)."""
+        held = self.mean[0] + self.mean[1] * np.array(logits) + self.mean[3:]
         chances = np.ones((len(held), self.masks + 1))
         np.cumprod(1 / (1 + np.exp(-held)), axis=1, out=chances[:, 1:])
         return chances
 
-    def decided(self, logits: Sequence[float], held: int) -> None:
+    def decided(self, logits: Sequence[float], held: int, evidence: float = 0.0) -> None:
         """Of drafts with these log-odds (n,) the first `held` held, and the next, if there is one, did not."""
-        self._news.append((logits, held))
+        self._news.append((logits, held, evidence))
 
     def learn(self) -> None:
         """From all blocks decided since the last time."""
         blocks, self._news = self._news, []
         drafts = [
-            (place, logit, place < held)
-            for logits, held in blocks
+            (place, logit, evidence, place < held)
+            for logits, held, evidence in blocks
             for place, logit in enumerate(logits[: held + 1])
         ]  # fmt: skip
         if not drafts:
             return
-        places, logits, held = (np.array(column) for column in zip(*drafts, strict=True))
-        features = np.zeros((len(drafts), self.masks + 2))
-        features[:, 0], features[:, 1], features[np.arange(len(drafts)), 2 + places] = 1.0, logits, 1.0
+        places, logits, evidence, held = (np.array(column) for column in zip(*drafts, strict=True))
+        features = np.zeros((len(drafts), self.masks + 3))
+        features[:, 0], features[:, 1], features[:, 2] = 1.0, logits, evidence
+        features[np.arange(len(drafts)), 3 + places] = 1.0
         # Bounded: without news for long, ignorance doesn't exceed the prior's.
         variance = np.diag(self.covariance)
         grown = np.minimum(variance + DRIFT * len(blocks) * self._prior, np.maximum(variance, self._prior))
@@ -106,20 +112,23 @@ class Experience:
     def __init__(self, masks: int) -> None:
         self.masks = masks
         self.calibration = Calibration(masks)
-        self.lookup = Calibration(masks)  # its log-odds are those of `match_log_odds`
+        self.lookup = Calibration(masks)  # of the text's own drafts: `Found.log_odds`, `Found.evidence`
         self.stopped = 0.5  # share of the latest texts that ended before their limit
-        self._recent: deque[list[float]] = deque(maxlen=WINDOW)  # of blocks, log-odds (k,); `WINDOW` of each sequence
-        self._found: deque[list[float]] = deque(maxlen=WINDOW)  # of steps, log-odds (n,) of the text's own drafts
+        # Of blocks, log-odds (k,): of this text, or of those of a batch, and of each of the last ones.
+        self._own: deque[list[float]] = deque(maxlen=WINDOW)
+        self._earlier: deque[list[list[float]]] = deque(maxlen=EARLIER)
+        self._apart = ALIKE  # variance between texts in units of that within one, of the drafts that should hold
+        self._found: deque[list[float]] = deque(maxlen=WINDOW)  # of steps, chances (n+1,) of the text's own drafts
 
-    def found(self, logits: list[float]) -> None:
-        """After a step the text's own drafts had these log-odds (n,), n from 0."""
-        self._found.append(logits)
+    def found(self, reach: list[float]) -> None:
+        """After a step these were the chances (n+1,) that the first 0..n of the text's own drafts hold, n from 0."""
+        self._found.append(reach)
 
     def made(self, confidences: Sequence[float]) -> list[float]:
         """A new block's confidences (n,) -> their log-odds, remembered as an example of what blocks promise."""
         logits = [log_odds(confidence) for confidence in confidences]
         # A block of fewer masks is taken to go on as it ends: its next drafts would be about as sure as its last.
-        self._recent.append(logits + [logits[-1]] * (self.masks - len(logits)))
+        self._own.append(logits + [logits[-1]] * (self.masks - len(logits)))
         return logits
 
     def ended(self, stopped: bool) -> None:
@@ -127,25 +136,55 @@ class Experience:
         self.stopped += (stopped - self.stopped) / TEXTS
 
     def begin_text(self, sequences: int = 1) -> None:
-        """A new text, or so many, foretells nothing by itself yet. Recent blocks stay: they stand for what such texts
-        promise."""
+        """A new text, or so many, foretells nothing by itself yet. Earlier blocks stand for what such texts promise,
+        until it has shown that itself; many at once show it soon, so that there each new one takes an earlier's place.
+        """
         self._found.clear()
-        self._recent = deque(self._recent, maxlen=WINDOW * sequences)
+        if self._own:
+            self._earlier.append(spread(list(self._own), min(len(self._own), WINDOW)))
+            self._apart = self._differ()
+        self._own = deque(maxlen=WINDOW * sequences)
+        if sequences > 1:
+            self._own.extend(block for text in self._earlier for block in text)
+            self._earlier.clear()
 
     def recent_reach(self) -> tuple[Floats, Floats]:
-        """Twice (N, k+1): the chances that the first 0..k drafts hold by all that is known now, of recent blocks and
-        of the text's own drafts after the latest steps, 0 beyond their number.
+        """Twice (N, k+1): the chances that the first 0..k drafts hold by all that is known now, of blocks that stand
+        for those to come and of the text's own drafts after the latest steps, 0 beyond their number.
 
         Side by side they stand for what comes: where every step hangs masks they are of the same places.
         """
         for calibration in (self.calibration, self.lookup):
             calibration.learn()
-        recent = list(self._recent)[-WINDOW // 2 :] or [[log_odds(FIRST_GUESS)] * self.masks]
-        # A batch's last blocks are those of its surest texts' ends: half of them from all phases of it.
-        older = list(self._recent)[: -WINDOW // 2]
-        recent = older[:: 2 * len(older) // WINDOW or 1] + recent
-        nothing: list[list[float]] = [[]] * len(recent)
-        found = np.zeros((len(recent), self.masks + 1))
-        for row, logits in zip(found, [*nothing, *self._found][-len(recent) :], strict=True):
-            row[: len(logits) + 1] = self.lookup.reach(logits)
-        return self.calibration.reaches(recent), found
+        own, earlier = list(self._own), [block for text in self._earlier for block in text]
+        count = min(WINDOW, len(own))
+        if earlier:
+            # The best guess at a mean of which there are few examples, where those of like groups are known.
+            count = round(WINDOW * len(own) * self._apart / (1 + len(own) * self._apart))
+        if len(own) > count:  # a batch's last blocks are those of its surest texts' ends: half from all phases of it
+            latest = own[len(own) - count // 2 :]
+            own = spread(own[: len(own) - len(latest)], count - len(latest)) + latest
+        blocks = spread(earlier, WINDOW - count) + spread(own, count)
+        blocks = blocks or [[log_odds(FIRST_GUESS)] * self.masks]
+        found = np.zeros((len(blocks), self.masks + 1))
+        found[:, 0] = 1.0
+        for row, reach in zip(found[::-1], reversed(self._found), strict=False):
+            row[: len(reach)] = reach
+        return self.calibration.reaches(blocks), found
+
+    def _differ(self) -> float:
+        """Variance between texts in units of that within one, by what was seen of the last ones."""
+        counts = np.array([len(blocks) for blocks in self._earlier])
+        promised = self.calibration.reaches([block for text in self._earlier for block in text]).sum(1)
+        starts = np.cumsum(counts) - counts
+        means = np.add.reduceat(promised, starts) / counts
+        within = float(np.square(promised - np.repeat(means, counts)).sum() / max(1, counts.sum() - len(counts)))
+        if len(counts) < 2 or not within:
+            return ALIKE
+        between = max(0.0, float(means.var(ddof=1)) / within - float((1 / counts).mean()))
+        return (between * (len(counts) - 1) + ALIKE * GUESSED) / (len(counts) - 1 + GUESSED)
+
+
+def spread(blocks: list[list[float]], count: int) -> list[list[float]]:
+    """So many of them in order, evenly from all: some left out, or some more than once; none of none."""
+    return [blocks[number * len(blocks) // count] for number in range(count)] if blocks else []

@@ -22,6 +22,16 @@ class Found(NamedTuple):
     held: float = 0.0
     failed: float = 0.0
 
+    def log_odds(self) -> list[float]:
+        """What the match promises for each draft before experience corrects it: odds of n : 3 for a match of n tokens;
+        each draft that holds makes it longer."""
+        return [math.log((self.matched + number) / DOUBT) for number in range(len(self.drafts))]
+
+    def evidence(self) -> float:
+        """What first drafts of this text that held or failed say, as log-odds: a text that has begun to repeat itself
+        goes on with it."""
+        return math.log((1 + self.held) / (DOUBT + self.failed))
+
 
 class TextLookup:
     """Finds the last tokens of one growing text earlier in it.
@@ -74,13 +84,3 @@ class TextLookup:
         self._held = REMEMBERED * self._held + holds
         self._failed = REMEMBERED * self._failed + (not holds)
         self.run = self.run + 1 if holds else 0
-
-
-def match_log_odds(found: Found, most: int | None = None) -> list[float]:
-    """What a match promises for each of its drafts, or the first `most`, before experience corrects it.
-
-    Odds of n : 3 for a match of n tokens; each draft that holds makes it longer. On either side come first drafts of
-    this text that held or failed: a text that has begun to repeat itself goes on with it.
-    """
-    doubt = DOUBT + found.failed
-    return [math.log((found.matched + number + found.held) / doubt) for number in range(len(found.drafts[:most]))]

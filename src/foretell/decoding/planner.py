@@ -29,7 +29,7 @@ PROBE_RARER = 8
 PROBE_MASKS, FEWEST_PROBED = 4, 2  # the first drafts tell most
 TOO_LATE = 8  # tokens that a text may still get in which nothing is tried any more
 PAYS = 0.97  # plain steps that a token must cost less than for anything else to be worth its trouble
-SETTLED = 4  # steps after which the fate of what was tried is known
+SETTLED = 2  # steps after which the fate of what was tried is known
 TEXTS = 4  # in a row in which nothing paid, after which only one of so many begins with masks
 
 
@@ -178,13 +178,24 @@ class Planner:
         drafts = int((self._table[: len(gained), 0] - gained).argmin())
         return [int(self.shapes.starts[min(drafts, len(own) - 1)]) for own in reach]
 
+    def verifies(self, reach: Sequence[float]) -> bool:
+        """Whether one sequence at rest gains by drafts with these chances (n+1,), which then have to be planned for."""
+        worth, gained = min(self.per_token, self.resting), 0.0
+        for chance, seconds in zip(reach[1:], self._table[1:, 0], strict=False):
+            gained += chance * worth
+            if gained > seconds - self.resting:
+                return True
+        return False
+
     def begin_text(self) -> None:
         """A new text, or a batch of them, may be of another kind: try masks at once if plain decoding seems best; after
         some texts in which it did to their end, only at one of so many such beginnings."""
         self._in_vain = 0 if self._paid else self._in_vain + 1
         self._began_with = self.sequences
-        if self.sequences > 1 and not (self._solved and self._paid):
+        if self.sequences == 1 or not (self._solved and self._paid):
             self._solve_every = max(SOLVE_BATCH_EVERY, SOLVE_EVERY[0] // self.sequences)
+        if self.sequences == 1 and self._solved:
+            self._until_solution = SETTLED
         self._probe_every = PROBE_EVERY[0]
         self.probe_soon()
         if self._in_vain * self.sequences >= TEXTS and self._in_vain % TEXTS:
@@ -307,12 +318,13 @@ class Planner:
         lower = np.minimum.accumulate(least, 1)
         at = np.maximum.accumulate(np.where(least == lower, np.arange(self.masks + 1), 0), 1)
         best, chances = np.take_along_axis(best, at, 1), np.repeat(reach[:, None], self.masks + 1, 1)
-        if found[:, 1:].any():
-            of_text = found @ worth + self._seconds
-            other = of_text.argmin(1)
-            instead = np.take_along_axis(of_text, other[:, None], 1) < lower
-            best = np.where(instead, other[:, None], best)
-            chances = np.where(instead[..., None], found[:, None], chances)
+        if (rows := found[:, 1].nonzero()[0]).size:
+            of_text = found[rows] @ worth
+            of_text += self._seconds
+            other = of_text.argmin(1)[:, None]
+            instead = np.take_along_axis(of_text, other, 1) < lower[rows]
+            best[rows] = np.where(instead, other, best[rows])
+            chances[rows] = np.where(instead[..., None], found[rows, None], chances[rows])
         return best, chances
 
     def _evaluate(self, chosen: NDArray[np.intp], chances: Floats) -> None:

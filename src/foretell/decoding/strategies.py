@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from foretell.decoding.calibration import Calibration, Experience
-from foretell.decoding.lookup import Found, TextLookup, match_log_odds
+from foretell.decoding.lookup import Found, TextLookup
 from foretell.decoding.pausing import Batch, Pause
 from foretell.decoding.planner import Planner
 from foretell.layout import Block, Layout, linear, plain, quadratic
@@ -87,10 +87,11 @@ class OpenBlock:
     drafts: list[int]
     logits: list[float]
     calibration: Calibration  # that learns from it
+    evidence: float = 0.0  # for all of them, as log-odds
     held: int = 0
 
     def __post_init__(self) -> None:
-        self.reach = self.calibration.reach(self.logits)  # chances that the first 0, 1, ... of them hold
+        self.reach = self.calibration.reach(self.logits, self.evidence)  # chances that the first 0, 1, ... of them hold
 
 
 @dataclass
@@ -144,7 +145,7 @@ class Adaptive:
             same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(expected, tokens, strict=False)))
             block.held += same
             if same < len(expected) or block.held == len(block.drafts):
-                block.calibration.decided(block.logits, block.held)
+                block.calibration.decided(block.logits, block.held, block.evidence)
             else:
                 still_open.append(block)
         self.open[row.sequence] = still_open
@@ -246,6 +247,8 @@ class Adaptive:
             if sum(found.reach) > promise:
                 best, instead = found, True
         self.open.setdefault(row.sequence, []).extend(blocks)
+        if self.paused and best is not None and self.planning is not None and not self.planning.verifies(best.reach):
+            best, instead = None, False  # they teach, that is all
         self.reach[row.sequence], row.drafts = ([1.0], 0) if best is None else (best.reach, len(best.drafts))
         return [] if best is None else best.drafts, instead
 
@@ -259,12 +262,14 @@ class Adaptive:
         least = (promise - 1) / max(1, len(found.drafts))
         if self.planning is not None:
             least = max(least, self.planning.least_chance)
-        if not found.drafts or self.experience.lookup.chance(match_log_odds(found, 1)[0], 0) < least:
-            self.experience.found([])
-            return None
-        block = OpenBlock(found.drafts, match_log_odds(found), self.experience.lookup)
-        self.experience.found(block.logits)
-        return block
+        if found.drafts:
+            logits, evidence = found.log_odds(), found.evidence()
+            if self.experience.lookup.chance(logits[0], 0, evidence) >= least:
+                block = OpenBlock(found.drafts, logits, self.experience.lookup, evidence)
+                self.experience.found(block.reach)
+                return block
+        self.experience.found([1.0])
+        return None
 
 
 def next_layout(strategy: str, drafts: int, masks: int, remaining: int) -> Layout:
