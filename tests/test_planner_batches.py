@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from foretell.decoding.calibration import Experience
+from foretell.decoding.calibration import Experience, means
 from foretell.decoding.costs import Costs, of_batch, plain_steps
-from foretell.decoding.planner import SETTLED, SHORT, Planner, means
+from foretell.decoding.planner import SETTLED, SHORT, Planner
 from foretell.evaluation.simulation import noisy_costs
 from foretell.layout import plain
 

@@ -188,3 +188,10 @@ class Experience:
 def spread(blocks: list[list[float]], count: int) -> list[list[float]]:
     """So many of them in order, evenly from all: some left out, or some more than once; none of none."""
     return [blocks[number * len(blocks) // count] for number in range(count)] if blocks else []
+
+
+def means(chances: Floats, count: int) -> Floats:
+    """(N, k+1) -> (N - count + 1, k+1), or (1, k+1): of that many in a row, or of all."""
+    count = min(count, len(chances))
+    sums = np.cumsum(np.vstack([np.zeros_like(chances[:1]), chances]), axis=0)
+    return (sums[count:] - sums[:-count]) / count

@@ -8,7 +8,7 @@ from itertools import groupby
 import numpy as np
 from numpy.typing import NDArray
 
-from foretell.decoding.calibration import Experience, Floats
+from foretell.decoding.calibration import Experience, Floats, means
 from foretell.decoding.correction import Correction, Fit, Pace
 from foretell.decoding.costs import Costs
 from foretell.decoding.shapes import shapes
@@ -354,10 +354,3 @@ class Planner:
         left -= self.per_token
         left *= self.shapes.there
         return left
-
-
-def means(chances: Floats, count: int) -> Floats:
-    """(N, k+1) -> (N - count + 1, k+1), or (1, k+1): of that many in a row, or of all."""
-    count = min(count, len(chances))
-    sums = np.cumsum(np.vstack([np.zeros_like(chances[:1]), chances]), axis=0)
-    return (sums[count:] - sums[:-count]) / count
