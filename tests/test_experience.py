@@ -45,14 +45,15 @@ def test_a_new_texts_blocks_count_more_where_texts_differ_more_than_blocks() -> 
     """By the best guess at the mean of a group: n · between / (n · between + within) for n blocks."""
     random = np.random.default_rng(0)
     shares: dict[str, list[float]] = {}
-    for name, middles in {"alike": [0.5] * 2, "of two kinds": [0.2, 0.9]}.items():
-        experience = after_texts([random.uniform(middle - 0.1, middle + 0.1, 20).tolist() for middle in middles * 2])
+    for name, middles, count in (("alike", [0.5], 8), ("alike, long", [0.5], 500), ("of two kinds", [0.2, 0.9], 8)):
+        texts = middles * (EARLIER // len(middles))
+        experience = after_texts([random.uniform(middle - 0.1, middle + 0.1, 20).tolist() for middle in texts])
         shares[name] = []
-        for _ in range(8):
+        for _ in range(count):
             experience.made([0.99] * MASKS)
             shares[name].append(own_share(experience))
     assert all(np.diff(own).min() >= 0 for own in shares.values())
-    assert shares["alike"][0] < 0.15 and shares["alike"][-1] < 0.5
+    assert shares["alike"][0] < 0.15 and shares["alike"][-1] < 0.5 < 0.95 < shares["alike, long"][-1]
     assert shares["of two kinds"][0] > 0.7 and shares["of two kinds"][-1] > 0.95
     untold = after_texts([[0.3] * 20])  # texts of one kind or of many: nobody knows
     for _ in range(5):

@@ -116,6 +116,7 @@ class Experience:
         self.stopped = 0.5  # share of the latest texts that ended before their limit
         # Of blocks, log-odds (k,): of this text, or of those of a batch, and of each of the last ones.
         self._own: deque[list[float]] = deque(maxlen=WINDOW)
+        self._told = 0  # blocks of this text, also those forgotten
         self._earlier: deque[list[list[float]]] = deque(maxlen=EARLIER)
         self._apart = ALIKE  # variance between texts in units of that within one, of the drafts that should hold
         self._found: deque[list[float]] = deque(maxlen=WINDOW)  # of steps, chances (n+1,) of the text's own drafts
@@ -128,6 +129,7 @@ class Experience:
         """A new block's confidences (n,) -> their log-odds, remembered as an example of what blocks promise."""
         logits = [log_odds(confidence) for confidence in confidences]
         # A block of fewer masks is taken to go on as it ends: its next drafts would be about as sure as its last.
+        self._told += 1
         self._own.append(logits + [logits[-1]] * (self.masks - len(logits)))
         return logits
 
@@ -143,7 +145,7 @@ class Experience:
         if self._own:
             self._earlier.append(spread(list(self._own), min(len(self._own), WINDOW)))
             self._apart = self._differ()
-        self._own = deque(maxlen=WINDOW * sequences)
+        self._own, self._told = deque(maxlen=WINDOW * sequences), 0
         if sequences > 1:
             self._own.extend(block for text in self._earlier for block in text)
             self._earlier.clear()
@@ -160,7 +162,7 @@ class Experience:
         count = min(WINDOW, len(own))
         if earlier:
             # The best guess at a mean of which there are few examples, where those of like groups are known.
-            count = round(WINDOW * len(own) * self._apart / (1 + len(own) * self._apart))
+            count = round(WINDOW * self._told * self._apart / (1 + self._told * self._apart))
         if len(own) > count:  # a batch's last blocks are those of its surest texts' ends: half from all phases of it
             latest = own[len(own) - count // 2 :]
             own = spread(own[: len(own) - len(latest)], count - len(latest)) + latest
