@@ -128,8 +128,8 @@ class Experience:
     def made(self, confidences: Sequence[float]) -> list[float]:
         """A new block's confidences (n,) -> their log-odds, remembered as an example of what blocks promise."""
         logits = [log_odds(confidence) for confidence in confidences]
-        # A block of fewer masks is taken to go on as it ends: its next drafts would be about as sure as its last.
         self._told += 1
+        # A block of fewer masks is taken to go on as it ends: its next drafts would be about as sure as its last.
         self._own.append(logits + [logits[-1]] * (self.masks - len(logits)))
         return logits
 
