@@ -14,7 +14,7 @@ Floats = NDArray[np.float64]
 PRIOR_VARIANCE = {"bias": 1.0, "slope": 0.25, "evidence": 0.25, "place": 0.25}
 DRIFT = 3e-4  # variance gained per block: what was learnt on another text fades
 LIMIT = 6.0  # of a confidence's log-odds, about 0.25 %
-ROUNDS = 3  # of fitting the same blocks
+ROUNDS = 2  # of fitting the same blocks
 WINDOW = 32  # blocks whose confidences stand for those to come
 EARLIER = 4  # texts whose blocks do while a new one has told little
 ALIKE = 0.2  # of the variance within a text, how much there is between texts: a first guess, worth `GUESSED` texts
@@ -92,16 +92,16 @@ class Calibration:
         # Bounded: without news for long, ignorance doesn't exceed the prior's.
         variance = np.diag(self.covariance)
         grown = np.minimum(variance + DRIFT * len(blocks) * self._prior, np.maximum(variance, self._prior))
-        precision = np.linalg.inv(self.covariance + np.diag(grown - variance))
+        covariance = self.covariance + np.diag(grown - variance)
+        precision = np.linalg.inv(covariance)
         known = precision @ self.mean + (held - 0.5) @ features
-        score = np.abs(features @ self.mean)
+        self.covariance = covariance
         for _ in range(ROUNDS):
-            score = np.maximum(score, 1e-3)
+            squares = (features @ (self.covariance + np.outer(self.mean, self.mean))) * features
+            score = np.sqrt(np.maximum(squares.sum(1), 1e-6))
             weight = np.tanh(score / 2) / (2 * score)
             self.covariance = np.linalg.inv(precision + (features.T * weight) @ features)
             self.mean = self.covariance @ known
-            squares = (features @ (self.covariance + np.outer(self.mean, self.mean))) * features
-            score = np.sqrt(squares.sum(1))
         self._coefficients = self.mean.tolist()
         self._reach.clear()
 

@@ -15,7 +15,7 @@ from foretell.decoding.shapes import shapes
 from foretell.layout import Block, Layout
 
 FIRST_ROUNDS, ROUNDS = 10, 2  # of policy iteration, at most: from nothing, and from the last solution
-CLOSE = 0.01  # tokens: a round that changes less is the last
+FIRST_CLOSE, CLOSE = 0.01, 0.3  # tokens: a round that changes less is the last
 ENDS = 1e-3  # chance that drafts at hand are lost, as by the end of the text: what would go on for ever has a value
 # Steps between solutions, doubling from the first to the last: of one sequence and, at least, of a batch, each step of
 # which tells as much as many of one.
@@ -292,11 +292,12 @@ class Planner:
         self._correct_costs()
         # Sequences that share a step share its layout: what counts is the mean of as many.
         reach, found = (means(chances, self.sequences) for chances in self.experience.recent_reach())  # (N, k+1) each
-        rounds, self._solved, self._solved_for = ROUNDS if self._solved else FIRST_ROUNDS, True, self.sequences
+        rounds, close = (ROUNDS, CLOSE) if self._solved else (FIRST_ROUNDS, FIRST_CLOSE)
+        self._solved, self._solved_for = True, self.sequences
         for _ in range(rounds):
             before = np.append(self.value, self.per_token)
             self._evaluate(*self._improved(reach, found))
-            if np.abs(before - np.append(self.value, self.per_token)).max() < CLOSE * self.per_token:
+            if np.abs(before - np.append(self.value, self.per_token)).max() < close * self.per_token:
                 break
         self._weights = self._worth()
         self._pays = self.per_token < PAYS * self.resting
