@@ -179,16 +179,16 @@ class Experience:
         counts = np.array([len(blocks) for blocks in self._earlier])
         promised = self.calibration.reaches([block for text in self._earlier for block in text]).sum(1)
         starts = np.cumsum(counts) - counts
-        means = np.add.reduceat(promised, starts) / counts
-        within = float(np.square(promised - np.repeat(means, counts)).sum() / max(1, counts.sum() - len(counts)))
+        middles = np.add.reduceat(promised, starts) / counts
+        within = float(np.square(promised - np.repeat(middles, counts)).sum() / max(1, counts.sum() - len(counts)))
         if len(counts) < 2 or not within:
             return ALIKE
-        between = max(0.0, float(means.var(ddof=1)) / within - float((1 / counts).mean()))
+        between = max(0.0, float(middles.var(ddof=1)) / within - float((1 / counts).mean()))
         return (between * (len(counts) - 1) + ALIKE * GUESSED) / (len(counts) - 1 + GUESSED)
 
 
 def spread(blocks: list[list[float]], count: int) -> list[list[float]]:
-    """So many of them in order, evenly from all: some left out, or some more than once; none of none."""
+    """So many of these (k,) in order, evenly from all: some left out, or some more than once; none of none."""
     return [blocks[number * len(blocks) // count] for number in range(count)] if blocks else []
 
 

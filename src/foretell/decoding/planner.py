@@ -180,12 +180,8 @@ class Planner:
 
     def verifies(self, reach: Sequence[float]) -> bool:
         """Whether one sequence at rest gains by drafts with these chances (n+1,), which then have to be planned for."""
-        worth, gained = min(self.per_token, self.resting), 0.0
-        for chance, seconds in zip(reach[1:], self._table[1:, 0], strict=False):
-            gained += chance * worth
-            if gained > seconds - self.resting:
-                return True
-        return False
+        gained = self._gained([reach], [1.0])
+        return any(gain > seconds - self.resting for gain, seconds in zip(gained[1:], self._table[1:, 0], strict=False))
 
     def begin_text(self) -> None:
         """A new text, or a batch of them, may be of another kind: try masks at once if plain decoding seems best; after
