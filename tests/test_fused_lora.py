@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from torch import nn
@@ -27,31 +29,59 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("diagonal", [0, 10**9])
+@pytest.mark.parametrize("diagonal", [False, True])
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("batch", "rows"), [(1, 2), (1, 4), (3, 4)])
 def test_terms_are_those_of_the_adapters(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, diagonal: int, way: Way, batch: int
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, diagonal: bool, way: Way, batch: int, rows: int
 ) -> None:
     """Of three linears of one product the first and the last are adapted."""
-    for name in ("DIAGONAL", "STORED_DIAGONAL"):
-        monkeypatch.setattr(fused_lora, name, diagonal)
     lying(way, monkeypatch)
+    possible = [other for other in packed_module.ways(dtype) if other != "halves"]
+    laying = way if way in possible else possible[0], diagonal
+    monkeypatch.setattr(fused_lora, "layings", lambda *_: (laying,))
     torch.manual_seed(0)
     sizes, adapters = [24, 8, 40], {2: LowRank(16, 40, 3, 0.5), 0: LowRank(16, 24, 5, 0.5)}
     for adapter in adapters.values():
         nn.init.normal_(adapter.b)
         adapter.to(dtype)
-    x, out = torch.randn(batch, 4, 16, dtype=dtype), torch.randn(batch, 6, 72, dtype=dtype)
-    none = torch.zeros(batch, 4, 8, dtype=dtype)
+    x, out = torch.randn(batch, rows, 16, dtype=dtype), torch.randn(batch, rows + 2, 72, dtype=dtype)
+    none = torch.zeros(batch, rows, 8, dtype=dtype)
     with torch.inference_mode():
         expected = out[:, 2:] + torch.cat([adapters[0](x), none, adapters[2](x)], dim=-1)
         before = out[:, :2].clone()
         fused = FusedLowRank(sizes, {number: (a.a, a.b) for number, a in adapters.items()}, 0.5)
-        assert len(fused.bs) == (1 if diagonal else 2)
+        assert len(fused.laid.bs) == (1 if diagonal else 2) and fused.laid.way == laying[0]
         fused.add_to(out[:, 2:], x)
     assert torch.equal(out[:, :2], before)
     torch.testing.assert_close(out[:, 2:], expected, atol=0.1 if dtype == torch.bfloat16 else 1e-5, rtol=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_how_matrices_lie_is_timed_once_for_all_of_their_shapes(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that is possible is tried, and what took longest is not taken."""
+    fused_lora._timed.cache_clear()
+    adapters = {number: LowRank(16, size, 4, 0.5).to(dtype) for number, size in enumerate((24, 40))}
+    matrices = {number: (a.a, a.b) for number, a in adapters.items()}
+    tried: list[tuple[Way, bool]] = []
+
+    def slow(self: fused_lora.LaidOut, *_: object) -> None:
+        laying = self.way, len(self.bs) == 1
+        tried.append(laying)
+        time.sleep(0.0 if laying == possible[1] else 0.002)
+
+    monkeypatch.setattr(fused_lora.LaidOut, "add", slow)
+    places = (((0, 24), (0, 4)), ((24, 64), (4, 8)))
+    possible = fused_lora.layings(places, torch.device("cpu"), dtype)
+    assert {diagonal for _, diagonal in possible} == {False, True}
+    for _ in range(2):
+        fused = FusedLowRank([24, 40], matrices, 0.5)
+        assert (fused.laid.way, len(fused.laid.bs) == 1) == possible[1]
+    assert set(tried) == set(possible)
+    assert len(tried) == len(possible) * len(fused_lora.TRIED_MASKS) * fused_lora.TRIED_ROUNDS
+    fused_lora._timed.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

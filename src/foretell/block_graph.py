@@ -96,7 +96,7 @@ class Parts:
         sites: dict[object, object] = {module: name for name, module in self.block.named_modules()}
         sites |= {product: number for number, product in enumerate(self.packed)}
         low = [
-            (sites[term.site], fused.scale, fused.places, fused.joined, fused.spelled_out)
+            (sites[term.site], fused.scale, fused.laid.places, fused.joined, fused.spelled_out)
             for term, fused in zip(self.terms, self.low, strict=True)
         ]
         shapes = [(tuple(t.shape), t.dtype, t.is_mkldnn or t.stride()) for t in self.weights(masks=True)]

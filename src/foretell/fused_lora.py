@@ -2,30 +2,119 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from itertools import accumulate
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate, pairwise
+from itertools import product as pairs
 
 import torch
 from torch import Tensor
 
 from foretell import packed
-from foretell.packed import PackedProduct
+from foretell.packed import PackedProduct, Way
 
 SPELLED_OUT = 2**16  # numbers of a B up to which a compiled graph is faster without a product for it
-# Numbers of B's along a diagonal, packed and as stored; above, the zeros between them cost more than calls.
-DIAGONAL, STORED_DIAGONAL = 2**19, 2**17
+DIAGONAL = 2**20  # numbers of a matrix with B's along its diagonal, above which the zeros cost more than calls anywhere
+# BLAS libraries take fewer rows than this one by one, which is slow where they lie far apart in memory.
+FEW_ROWS = 4
+# All ways of adding B's are timed for so many masks, by turns. Before each the processor reads so many bytes of other
+# things: as in a step, where all weights of a block are used between two uses of a B.
+TRIED_MASKS, TRIED_BYTES, TRIED_ROUNDS = (2, 3, 4, 6, 8, 16), 2**21, 5
+
+Laying = tuple[Way, bool]  # how B's lie, and whether as one matrix, along its diagonal
+Range = tuple[int, int]
+Place = tuple[Range, Range]  # of a B: its columns in out, and in A·x
 
 
-def worth_packing(a: Tensor, bs: Sequence[Tensor]) -> bool:
-    """Whether A (r, d_in) and the largest B (d_out, r) are both faster in oneDNN's blocks."""
-    return packed.why_not(a.device, a.dtype) is None and all(
-        packed.pays(one.shape[0], one.shape[1], a.dtype) for one in (a, max(bs, key=Tensor.numel))
-    )
+@dataclass
+class LaidOut:
+    """B's (d_out, r) as they are multiplied."""
+
+    places: tuple[Place, ...]
+    bs: list[Tensor]  # as stored they lie transposed, so that rows are read
+    way: Way
+
+    def add(self, part: Callable[[int, int], Tensor], narrow: Tensor, scale: float) -> None:
+        """The columns that `part` gives, (n, d) or (B, n / B, d), += scale · B·A·x, from narrow (n, r) = A·x."""
+        if self.way == "stored" and len(narrow) < FEW_ROWS and not torch.compiler.is_compiling():
+            narrow = narrow.contiguous()
+        for (columns, (start, stop)), b in zip(self.places, self.bs, strict=True):
+            term, of_part = part(*columns), narrow if len(self.bs) == 1 else narrow[:, start:stop]
+            if self.way == "blocks":
+                term.add_(packed.product(of_part, b).view(term.shape), alpha=scale)
+            elif term.ndim == 2:
+                term.addmm_(of_part, b, alpha=scale)
+            else:
+                term.add_((of_part @ b).view(term.shape), alpha=scale)
+
+
+def laid_out(places: tuple[Place, ...], bs: Sequence[Tensor], way: Way, diagonal: bool) -> LaidOut:
+    """B's (d_out, r) as they lie then."""
+    if diagonal:
+        single = bs[0].new_zeros(whole(places))
+        for (rows, columns), b in zip(places, bs, strict=True):
+            single[slice(*rows), slice(*columns)] = b
+        places, bs = (((0, single.shape[0]), (0, single.shape[1])),), [single]
+    laid = [packed.reorder(b) if way == "blocks" else b.t().contiguous() for b in bs]
+    return LaidOut(places, laid, way)
+
+
+def whole(places: tuple[Place, ...]) -> tuple[int, int]:
+    """Columns of out up to the last B's, and of A·x."""
+    return max(rows[1] for rows, _ in places), max(columns[1] for _, columns in places)
+
+
+def layings(places: tuple[Place, ...], device: torch.device, dtype: torch.dtype) -> tuple[Laying, ...]:
+    """How B's may lie: in all ways of a packed weight that are tensors, as compiled code wants them."""
+    if packed.why_not(device, dtype) is not None:
+        return (("stored", False),)
+    ways = [way for way in packed.ways(dtype) if way != "halves"]
+    diagonals = (False, True) if len(places) > 1 and math.prod(whole(places)) <= DIAGONAL else (False,)
+    return tuple(pairs(ways, diagonals))
+
+
+def fastest(places: tuple[Place, ...], bs: Sequence[Tensor]) -> LaidOut:
+    """B's (d_out, r) as this machine adds them fastest: timed, once in a process for all of their shapes."""
+    possible = layings(places, bs[0].device, bs[0].dtype)
+    if len(possible) > 1:
+        possible = _timed(possible, places, bs[0].dtype, torch.get_num_threads())
+    return laid_out(places, bs, *possible[0])
+
+
+@cache
+@torch.inference_mode()
+def _timed(
+    possible: tuple[Laying, ...], places: tuple[Place, ...], dtype: torch.dtype, threads: int
+) -> tuple[Laying, ...]:
+    """The fastest first; `threads` only tells results apart."""
+    bs = [torch.ones(rows[1] - rows[0], columns[1] - columns[0], dtype=dtype) for rows, columns in places]
+    ones = {laying: laid_out(places, bs, *laying) for laying in possible}
+    between = torch.ones(TRIED_BYTES // 4)
+    took = dict.fromkeys(possible, 0.0)  # logarithms, so that every number of rows counts the same
+    width, rank = whole(places)
+    for masks in TRIED_MASKS:
+        out = torch.ones(masks, width + rank, dtype=dtype)
+
+        def part(begin: int, end: int, out: Tensor = out) -> Tensor:
+            return out[:, begin:end]
+
+        best = dict.fromkeys(possible, math.inf)  # a disturbance only ever adds
+        for _, (laying, laid) in pairs(range(TRIED_ROUNDS), ones.items()):
+            between.sum()
+            start = time.perf_counter()
+            laid.add(part, out[:, width:], 1e-6)  # 0 would do nothing
+            best[laying] = min(best[laying], time.perf_counter() - start)
+        for laying in possible:
+            took[laying] += math.log(best[laying])
+    return tuple(sorted(possible, key=took.__getitem__))
 
 
 class FusedLowRank:
-    """s·B·A·x of linears that are one product: A's one below the other, B's along a diagonal if they are small.
+    """s·B·A·x of linears that are one product: A's one below the other, B's along a diagonal where that is faster.
 
     Small A's are joined to the product itself, which then makes A·x with what it makes anyway. What is packed, joined
     or of several linears is a copy, which does not change when the adapters do.
@@ -40,27 +129,19 @@ class FusedLowRank:
     ) -> None:
         """sizes: d_out of every linear; A (r, d_in) and B (d_out, r) of some, by their numbers; `product`: theirs, to
         join the A's to."""
-        starts, ends = [0, *accumulate(sizes)], [0, *accumulate(a.shape[0] for a, _ in matrices.values())]
-        self.scale = scale
-        downs = [a.detach() for a, _ in matrices.values()]
+        linears, ranks = (
+            list(pairwise(accumulate(of, initial=0))) for of in (sizes, [len(a) for a, _ in matrices.values()])
+        )
+        places = tuple((linears[number], columns) for number, columns in zip(matrices, ranks, strict=True))
+        downs, bs = [a.detach() for a, _ in matrices.values()], [b.detach() for _, b in matrices.values()]
         a = torch.cat(downs) if len(downs) > 1 else downs[0]
-        bs = [b.detach() for _, b in matrices.values()]
-        # Where each B's rows are in out, and its columns in A·x.
-        self.places = [
-            (slice(*starts[number : number + 2]), slice(*ends[place : place + 2]))
-            for place, number in enumerate(matrices)
-        ]
-        self.dtype, self.rank, self.spelled_out = a.dtype, ends[-1], False
-        self._separate = self.places, bs
-        self.packed = worth_packing(a, bs)
-        if len(sizes) > 1 and starts[-1] * ends[-1] <= (DIAGONAL if self.packed else STORED_DIAGONAL):
-            diagonal = a.new_zeros(starts[-1], ends[-1])
-            for (rows, columns), b in zip(self.places, bs, strict=True):
-                diagonal[rows, columns] = b
-            self.places, bs = [(slice(0, starts[-1]), slice(0, ends[-1]))], [diagonal]
+        self.scale, self.dtype, self.rank, self.spelled_out = scale, a.dtype, len(a), False
+        self._separate = places, bs
         self.joined = product is not None and product.join(a, by=self)
+        can_pack = not self.joined and packed.why_not(a.device, a.dtype) is None
+        self.packed = can_pack and packed.pays(len(a), a.shape[1], a.dtype)
         self.a = None if self.joined else packed.reorder(a) if self.packed else a.t()
-        self.bs = [packed.reorder(b) if self.packed else b.t().contiguous() for b in bs]  # (r, d_out): rows are read
+        self.laid = fastest(places, bs)
 
     def in_graph(self) -> FusedLowRank:
         """The same for a graph that is compiled: products with small B's are spelled out as sums, which become part of
@@ -69,51 +150,49 @@ class FusedLowRank:
         if max(b.numel() for b in bs) > SPELLED_OUT:
             return self
         same = copy(self)
-        same.places, same.bs, same.spelled_out = places, [b.t().contiguous() for b in bs], True
+        same.laid, same.spelled_out = LaidOut(places, [b.t().contiguous() for b in bs], "stored"), True
         return same
 
     @property
     def tensors(self) -> list[Tensor]:
         """Its own matrices: A, unless it is joined, and the B's."""
-        return [*self.bs] if self.a is None else [self.a, *self.bs]
+        return self.laid.bs if self.a is None else [self.a, *self.laid.bs]
 
     @tensors.setter
     def tensors(self, tensors: list[Tensor]) -> None:
         if self.a is not None:
             self.a, *tensors = tensors
-        self.bs = tensors
+        self.laid.bs = tensors
 
     def add_to(self, out: Tensor, x: Tensor, first: int = 0) -> None:
         """out (B, n, sum of d_out) += s·B·A·x (B, n, d_in) in the rows from `first` on, in place, without autograd.
 
         If A is joined, out is followed by A·x: (B, n, sum of d_out + r).
         """
-        if not self.packed and len(out) == 1 and out.stride(2) == 1 and not self.spelled_out:
-            return self._add_to_one(out, x, first)
-        out = out[:, first:]
+        batch, rows, width = out.shape
+        if batch == 1 and out.stride(2) == 1 and not self.spelled_out:
+            # In one call instead of three: each costs as much as a small product.
+            row, start, count = out.stride(1), out.storage_offset() + first * out.stride(1), rows - first
+
+            def part(begin: int, end: int) -> Tensor:
+                return out.as_strided((count, end - begin), (row, 1), start + begin)
+
+        else:
+            own = out[:, first:]
+
+            def part(begin: int, end: int) -> Tensor:
+                return own[..., begin:end]
+
         if self.a is None:
-            narrow = out[..., -self.rank :]
+            narrow = part(width - self.rank, width)
         else:
             narrow = packed.product(x[:, first:], self.a) if self.packed else x[:, first:] @ self.a
-        if not self.spelled_out:
-            narrow = narrow.reshape(-1, self.rank)  # as rows of one product, not a product for each sequence
-        for (rows, columns), b in zip(self.places, self.bs, strict=True):
-            of_part, term = narrow if len(self.bs) == 1 else narrow[..., columns], out[..., rows]
-            if self.spelled_out:
-                term.add_(sum(of_part[..., i : i + 1] * row for i, row in enumerate(b)), alpha=self.scale)
-            else:
-                made = packed.product(of_part, b) if self.packed else of_part @ b
-                term.add_(made.view(term.shape), alpha=self.scale)
+        if self.spelled_out:
+            self._spell_out(part, narrow)
+        else:  # as rows of one product, not a product for each sequence
+            self.laid.add(part, narrow.reshape(-1, self.rank), self.scale)
 
-    def _add_to_one(self, out: Tensor, x: Tensor, first: int) -> None:
-        """The same for one sequence, out (1, n, ...), in as few calls as can be: each costs what a small B does."""
-        _, rows, width = out.shape
-        row = out.stride(1)
-        start = out.storage_offset() + first * row
-
-        def part(columns: slice) -> Tensor:
-            return out.as_strided((rows - first, columns.stop - columns.start), (row, 1), start + columns.start)
-
-        narrow = part(slice(width - self.rank, width)) if self.a is None else x[0, first:] @ self.a
-        for (columns, of_narrow), b in zip(self.places, self.bs, strict=True):
-            part(columns).addmm_(narrow if len(self.bs) == 1 else narrow[:, of_narrow], b, alpha=self.scale)
+    def _spell_out(self, part: Callable[[int, int], Tensor], narrow: Tensor) -> None:
+        for (columns, (start, _)), b in zip(self.laid.places, self.laid.bs, strict=True):
+            made = sum(narrow[..., start + i : start + i + 1] * row for i, row in enumerate(b))
+            part(*columns).add_(made, alpha=self.scale)

@@ -9,6 +9,7 @@ larger range, so weights that are too small for it are taken a power of two larg
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -78,22 +79,27 @@ def _laying_out(weight: Tensor, bias: Tensor | None, scale: float) -> Future[Any
     no longer wait awake for the next operation, which makes each of all those to come some 40 µs slower.
     """
     if len(_on_their_way) >= torch.get_num_threads():
-        wait(list(_on_their_way), return_when=FIRST_COMPLETED)
+        done, _ = wait(list(_on_their_way), return_when=FIRST_COMPLETED)
+        _end(done)
     given = [None if one is None else one.float() if scale == 1.0 else one.float() * scale for one in (weight, bias)]
     pool = ThreadPoolExecutor(1, "foretell-half-weights")
     future = pool.submit(torch.ops.quantized.linear_prepack_fp16, *given)
     pool.shutdown(wait=False)
     _on_their_way[future] = pool
-    future.add_done_callback(_on_their_way.pop)
     return future
+
+
+def _end(futures: Iterable[Future[Any]]) -> None:
+    """Waits for the threads of these, which are done."""
+    for future in futures:
+        if pool := _on_their_way.pop(future, None):  # unless another thread has waited for it
+            pool.shutdown()
 
 
 def finish() -> None:
     """Returns when no weight is on its way any more and their threads have ended: then products can be timed."""
-    pools = list(_on_their_way.values())
-    wait(list(_on_their_way))
-    for pool in pools:
-        pool.shutdown()
+    done, _ = wait(list(_on_their_way))
+    _end(done)
 
 
 def scale_of(weight: Tensor) -> float | None:
