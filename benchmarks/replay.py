@@ -173,9 +173,10 @@ def measured_costs(
     config = DecodeConfig(masks=k, shortlist=shortlist)
 
     def cost(regular: int, masks: int) -> float:
-        along = masks > 0 and reads_along(model, config, masks)
-        seconds = forward(regular, masks) + unembed(regular, masks if along else 0) + parts[f"verify {regular}"]
-        return seconds + unembed(k, 0) if masks and shortlist and not along else seconds
+        read = masks if shortlist else 0  # the exact chain's time holds that of reading them
+        along = read > 0 and reads_along(model, config, masks)
+        seconds = forward(regular, masks) + unembed(regular, read if along else 0) + parts[f"verify {regular}"]
+        return seconds + unembed(k, 0) if read and not along else seconds
 
     return cost, lambda masks: chain[masks], {"forward": forwards, "parts": parts}
 

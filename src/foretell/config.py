@@ -263,7 +263,7 @@ class DecodeConfig(Config):
     shortlist: int | None = option(
         None,
         "tokens per mask that the sampler head chooses among, those the base likes best; 0: the whole vocabulary "
-        "[64 for vocabularies of 2048 and more, else 0]",
+        "[64 where the unembedding has 4 million numbers and more, else 0]",
         minimum=0,
     )
 

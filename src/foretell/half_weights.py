@@ -58,7 +58,7 @@ class HalfWeight:
         """x (..., d_in) float32 -> x W^T + bias (..., d_out) float32."""
         if x.ndim == 1:  # which FBGEMM does not take
             return self.multiply(x[None])[0]
-        made = [torch.ops.quantized.linear_dynamic_fp16(x, part) for part in self.parts]
+        made = [torch.ops.quantized.linear_dynamic_fp16.default(x, part) for part in self.parts]
         whole = made[0] if len(made) == 1 else torch.cat(made, -1)
         return whole if self.scale == 1.0 else whole.mul_(1.0 / self.scale)
 

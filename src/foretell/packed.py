@@ -53,7 +53,7 @@ def reorder(weight: Tensor) -> Tensor:
 
 def product(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., d_in) -> x W^T + bias (..., d_out) for W as `reorder` made it."""
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
 
 
 def ways(dtype: torch.dtype) -> tuple[Way, ...]:

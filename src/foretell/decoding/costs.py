@@ -241,7 +241,7 @@ def _step(
     rows, place = range(batch * layout.regular), next(fresh)
     places = [0 if row % layout.regular else place for row in rows]
     picker.pick(logits[:, : layout.regular].flatten(0, 1).float(), rows, places).tolist()
-    if reads_along(model, config, 0) and not along:
+    if not along:
         model.base.unembed(latents[:, : config.masks or model.max_masks])
 
 
@@ -251,11 +251,11 @@ def _drafting(
     """Making 1 to k drafts behind this token (B, 1), if the step reads what it can along (see `_step`)."""
     masks, batch = config.masks or model.max_masks, len(token)
     latents = model.step(token, [linear(0, masks)] * batch, cache, cache.lengths)[:, 1:]
-    logits = model.base.unembed(latents) if reads_along(model, config, 0) else None
+    logits = model.base.unembed(latents)
     before, shortlist = token.expand(-1, 2), shortlist_size(model, config.shortlist)
 
     def make(count: int) -> object:
-        read = None if logits is None else logits[:, :count]
+        read = logits[:, :count]
         return draft(model, latents[:, :count], before, config.use_sampler, shortlist, confident=True, logits=read)
 
     return {("drafts", count): partial(make, count) for count in sorted({1, (masks + 1) // 2, masks})}

@@ -16,7 +16,7 @@ from foretell.model import MTPModel
 from foretell.packed import PackedLinear
 from foretell.sampler import Sampler
 
-LARGE_VOCABULARY, SHORTLIST = 2048, 64
+LARGE_UNEMBEDDING, SHORTLIST = 2**22, 64  # numbers; tokens
 ALONG = 2  # blocks' worth of masks
 UNSEEN_SWEEPS = 5  # over a chain, where looking whether it has settled would stall the queue
 LEAST_REACH = 0.25  # chance of drafts up to one that has changed, below which those behind it may stay
@@ -90,9 +90,9 @@ class SamplerDrafter:
 
 
 def shortlist_size(model: MTPModel, shortlist: int | None) -> int:
-    """None: short where reading the unembedding costs more than a step's overhead, in large vocabularies."""
+    """None: short where reading the unembedding takes longer than to find the best tokens and gather their rows."""
     if shortlist is None:
-        return SHORTLIST if model.base.vocab_size >= LARGE_VOCABULARY else 0
+        return SHORTLIST if model.base.vocab_size * model.base.d_model >= LARGE_UNEMBEDDING else 0
     return shortlist
 
 
@@ -101,8 +101,7 @@ def reads_along(model: MTPModel, config: DecodeConfig, masks: int) -> bool:
 
     One read of the unembedding then serves both. With more masks the rows that do not survive would cost more.
     """
-    wanted = shortlist_size(model, config.shortlist) or model.sampler is None or not config.use_sampler
-    return bool(wanted) and masks <= ALONG * (config.masks or model.max_masks)
+    return masks <= ALONG * (config.masks or model.max_masks)
 
 
 def draft(
