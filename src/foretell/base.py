@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import Cache, PreTrainedModel
 
 from foretell import quantised
-from foretell.attention import AttentionMask
+from foretell.attention import AttentionMask, is_windowed
 from foretell.errors import ForetellError, reason_of
 from foretell.grouped_attention import can_group, grouped
 from foretell.lean import LeanSteps, make_of
@@ -52,6 +52,7 @@ class Base(nn.Module):
         self.max_positions = getattr(self.text_config, "max_position_embeddings", None)
         # GPT-Neo's attention has a table of that many columns, which mask rows take up as well.
         self.max_columns = self.max_positions if self.text_config.model_type == "gpt_neo" else None
+        self.windowed = is_windowed(self.text_config)  # asked at every step, and a configuration is slow to read
         self._groups = can_group(lm)
         self._fingerprints: tuple[str, str] | None = None
         self._statistics: tuple[Tensor, float] | None = None

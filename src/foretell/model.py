@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from foretell.attention import AttentionMask, additive, attention_mask, is_windowed
+from foretell.attention import AttentionMask, additive, attention_mask
 from foretell.base import Base
 from foretell.captured import CapturedSteps
 from foretell.compiled import CompiledSteps
@@ -166,7 +166,7 @@ def step_attention(
     where everything is seen, unless it is to be explicit: with one, sdpa would copy keys and values for grouped heads.
     """
     device, dtype, longest = base.device, base.dtype, max(lengths)
-    if min(lengths) == longest and len(set(layouts)) == 1 and not is_windowed(base.text_config):
+    if min(lengths) == longest and len(set(layouts)) == 1 and not base.windowed:
         positions = (on_device(layouts[0], device).position_offsets + longest).expand(len(layouts), -1)
         if layouts[0].width == 1 and not explicit:
             return positions, None

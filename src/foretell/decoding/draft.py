@@ -16,7 +16,7 @@ from foretell.model import MTPModel
 from foretell.packed import PackedLinear
 from foretell.sampler import Sampler
 
-LARGE_UNEMBEDDING, SHORTLIST = 2**22, 64  # numbers; tokens
+SHORTLIST, SHORTLIST_FROM = 64, 2**22  # tokens; numbers of an unembedding
 ALONG = 2  # blocks' worth of masks
 UNSEEN_SWEEPS = 5  # over a chain, where looking whether it has settled would stall the queue
 LEAST_REACH = 0.25  # chance of drafts up to one that has changed, below which those behind it may stay
@@ -92,7 +92,7 @@ class SamplerDrafter:
 def shortlist_size(model: MTPModel, shortlist: int | None) -> int:
     """None: short where reading the unembedding takes longer than to find the best tokens and gather their rows."""
     if shortlist is None:
-        return SHORTLIST if model.base.vocab_size * model.base.d_model >= LARGE_UNEMBEDDING else 0
+        return SHORTLIST if model.base.vocab_size * model.base.d_model >= SHORTLIST_FROM else 0
     return shortlist
 
 
