@@ -59,7 +59,7 @@ def test_a_loop_goes_on_and_short_or_new_text_gives_nothing() -> None:
 
 
 def test_longer_matches_promise_more() -> None:
-    first = [Found([0] * 3, matched).log_odds() for matched in (1, 3, 9)]
+    first = [[Found([0] * 3, matched).log_odds(number) for number in range(3)] for matched in (1, 3, 9)]
     assert np.exp([logits[0] for logits in first]) == pytest.approx([1 / 3, 1.0, 3.0])
     assert all(one < other for logits in first for one, other in pairwise(logits))
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-SIZES = (2, 1)  # last tokens by which earlier places are found, the first size that finds any
-TRIED = 8  # of these places, the latest ones, that are compared
+TRIED = 8  # earlier places that are compared, the latest ones behind the same last two tokens or, without any, one
+SOUGHT = 128  # places behind the same last token that are looked through for them
 LONGEST = 32  # tokens: a longer match says no more
 REMEMBERED = 0.95  # weight of what became of earlier first drafts, from one to the next
 DOUBT = 3.0  # first drafts that fail, before any was seen
@@ -22,10 +23,10 @@ class Found(NamedTuple):
     held: float = 0.0
     failed: float = 0.0
 
-    def log_odds(self) -> list[float]:
-        """What the match promises for each draft before experience corrects it: odds of n : 3 for a match of n tokens;
-        each draft that holds makes it longer."""
-        return [math.log((self.matched + number) / DOUBT) for number in range(len(self.drafts))]
+    def log_odds(self, number: int) -> float:
+        """What the match promises for draft `number`, from 0, before experience corrects it: odds of n : 3 for a match
+        of n tokens; each draft that holds makes it longer."""
+        return math.log((self.matched + number) / DOUBT)
 
     def evidence(self) -> float:
         """What first drafts of this text that held or failed say, as log-odds: a text that has begun to repeat itself
@@ -40,7 +41,7 @@ class TextLookup:
     """
 
     def __init__(self) -> None:
-        self._behind: dict[tuple[int, ...], list[int]] = {}  # places behind tokens and pairs of tokens
+        self._behind: defaultdict[int, list[int]] = defaultdict(list)  # places behind a token
         self._read = 1  # places known, but for the first
         self._foretold: tuple[int, int] | None = None  # place and token of the last first draft
         self._held = self._failed = 0.0
@@ -52,14 +53,12 @@ class TextLookup:
         Of the latest places behind the same last two tokens, or one, the one with the longest match. Where that
         overlaps the end of the text, its period goes on.
         """
+        behind = self._behind
         for place in range(self._read, len(text)):
-            for size in SIZES:
-                if size <= place:
-                    self._behind.setdefault(tuple(text[place - size : place]), []).append(place)
+            behind[text[place - 1]].append(place)
         self._read = max(self._read, len(text))
-        places = (self._behind.get(tuple(text[-size:])) for size in SIZES)
         best, longest = 0, 0
-        for place in reversed((next(filter(None, places), None) or [])[-TRIED:]):
+        for place in self._places(text):
             matched = 1
             while matched < min(LONGEST, place) and text[place - 1 - matched] == text[-1 - matched]:
                 matched += 1
@@ -73,6 +72,16 @@ class TextLookup:
         drafts = [text[best + number % period] for number in range(most)]
         self._foretold = len(text), drafts[0]
         return Found(drafts, longest, self._held, self._failed)
+
+    def _places(self, text: Sequence[int]) -> list[int]:
+        """Earlier places that may be like the end of the text, the latest first."""
+        known = self._behind.get(text[-1]) if text else None
+        if known is None:
+            return []
+        latest = known[: -SOUGHT - 1 : -1]
+        before = text[-2] if len(text) > 1 else None
+        pairs = [place for place in latest if place > 1 and text[place - 2] == before]
+        return (pairs or latest)[:TRIED]
 
     def _remember(self, text: Sequence[int]) -> None:
         """What became of the last first draft, if that is known by now."""

@@ -158,9 +158,8 @@ class Adaptive:
     def drafted(self, running: Sequence[Running], drafts: Tensor, confidences: Tensor | None) -> Tensor:
         self.made = drafts.shape[1]
         if self.paused:
-            if not self.listens or not (own := self._choose(running[0], (), ())[0]):
-                return drafts
-            return drafts.new_tensor([own])
+            own = self._listen(running[0]) if self.listens else []
+            return drafts.new_tensor([own]) if own else drafts
         made: list[list[float]] = [[] for _ in running]
         sure = made
         if confidences is not None:
@@ -216,7 +215,7 @@ class Adaptive:
             return False
         self.watched += 1
         row = running[self.watched % min(len(running), WATCHED)]
-        index = self.texts.setdefault(row.sequence, TextLookup())
+        index = self._text(row)
         index.find(row.text, 1)
         self.foretold = self.foretold + 1 if index.run else 0
         woken = self.pause.foretold(self.foretold)
@@ -233,6 +232,25 @@ class Adaptive:
             if (worth := self.batch.worth) is not None:
                 self.pause.learn_worth(len(self.batch.plain), worth)
 
+    def _listen(self, row: Running) -> list[int]:
+        """At rest: drafts of the text itself, if verifying them is expected to gain; else they teach, that is all.
+
+        At most steps there are none, and what is done here is most of what such a step takes beyond a plain one.
+        """
+        found = self._found(row)
+        if found is None or self.planning is None:
+            return []
+        self.open.setdefault(row.sequence, []).append(found)
+        if not self.planning.verifies(found.reach):
+            return []
+        self.reach[row.sequence], row.drafts = found.reach, len(found.drafts)
+        return found.drafts
+
+    def _text(self, row: Running) -> TextLookup:
+        if row.sequence not in self.texts:
+            self.texts[row.sequence] = TextLookup()
+        return self.texts[row.sequence]
+
     def _choose(self, row: Running, made: Sequence[float], confidences: Sequence[float]) -> tuple[list[int], bool]:
         """The drafts of which more should hold: those of the masks, or those of the text itself (then True)."""
         best, promise = None, 1.0  # tokens
@@ -247,8 +265,6 @@ class Adaptive:
             if sum(found.reach) > promise:
                 best, instead = found, True
         self.open.setdefault(row.sequence, []).extend(blocks)
-        if self.paused and best is not None and self.planning is not None and not self.planning.verifies(best.reach):
-            best, instead = None, False  # they teach, that is all
         self.reach[row.sequence], row.drafts = ([1.0], 0) if best is None else (best.reach, len(best.drafts))
         return [] if best is None else best.drafts, instead
 
@@ -257,14 +273,14 @@ class Adaptive:
         come of them, or to pay for a row. Mostly it is, and then the rest is spared."""
         found = Found([], 0)
         if self.lookup:
-            index = self.texts.setdefault(row.sequence, TextLookup())
-            found = index.find(row.text, min(self.experience.masks, row.remaining - 1))
+            found = self._text(row).find(row.text, min(self.experience.masks, row.remaining - 1))
         least = (promise - 1) / max(1, len(found.drafts))
         if self.planning is not None:
             least = max(least, self.planning.least_chance)
         if found.drafts:
-            logits, evidence = found.log_odds(), found.evidence()
-            if self.experience.lookup.chance(logits[0], 0, evidence) >= least:
+            evidence = found.evidence()
+            if self.experience.lookup.chance(found.log_odds(0), 0, evidence) >= least:
+                logits = [found.log_odds(number) for number in range(len(found.drafts))]
                 block = OpenBlock(found.drafts, logits, self.experience.lookup, evidence)
                 self.experience.found(block.reach)
                 return block
