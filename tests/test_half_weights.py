@@ -83,6 +83,7 @@ def test_no_thread_outlives_its_weight() -> None:
     half_weights.finish()
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("foretell-half-weights")]
     model_of("llama").generate(input_ids=random_prompt(5), max_new_tokens=4)
+    assert not half_weights._on_their_way  # which would keep weights of a model that is gone
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("foretell-half-weights")]
 
 

@@ -48,7 +48,9 @@ class HalfWeight:
     def parts(self) -> list[Any]:
         """FBGEMM's own objects, once they are there."""
         if not self._there:
-            self._parts, self._there = [part.result() for part in self._parts], True
+            futures = self._parts
+            self._parts, self._there = [part.result() for part in futures], True
+            _end(futures)
         return self._parts
 
     def __getstate__(self) -> dict[str, Any]:
