@@ -67,12 +67,16 @@ def test_how_matrices_lie_is_timed_once_for_all_of_their_shapes(
     matrices = {number: (a.a, a.b) for number, a in adapters.items()}
     tried: list[tuple[Way, bool]] = []
 
-    def slow(self: fused_lora.LaidOut, *_: object) -> None:
+    def slow(self: fused_lora.LaidOut, *_: object) -> fused_lora.Add:
         laying = self.way, len(self.bs) == 1
-        tried.append(laying)
-        time.sleep(0.0 if laying == possible[1] else 0.002)
 
-    monkeypatch.setattr(fused_lora.LaidOut, "add", slow)
+        def add(*_: object) -> None:
+            tried.append(laying)
+            time.sleep(0.0 if laying == possible[1] else 0.002)
+
+        return add
+
+    monkeypatch.setattr(fused_lora.LaidOut, "adder", slow)
     places = (((0, 24), (0, 4)), ((24, 64), (4, 8)))
     possible = fused_lora.layings(places, torch.device("cpu"), dtype)
     assert {diagonal for _, diagonal in possible} == {False, True}
@@ -117,6 +121,39 @@ def test_small_matrices_are_joined_to_the_product(
         torch.testing.assert_close(found[number][:, :2], own(x[:, :2]), **close)
         term = adapters[number](x[:, 2:]) if number in adapters else 0.0
         torch.testing.assert_close(found[number][:, 2:], own(x[:, 2:]) + term, **close)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("masks", [1, 3, 4, 9])
+def test_adders_for_steps_that_recur_add_the_same(
+    dtype: torch.dtype, diagonal: bool, joined: bool, way: Way, masks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lying(way, monkeypatch)
+    possible = [other for other in packed_module.ways(dtype) if other != "halves"]
+    laying = way if way in possible else possible[0], diagonal
+    monkeypatch.setattr(fused_lora, "layings", lambda *_: (laying,))
+    monkeypatch.setattr(packed_module, "JOINED_BYTES", 2**20 if joined else 0)
+    torch.manual_seed(0)
+    weights = [in_16_bits(nn.Linear(16, size)).to(dtype).weight for size in (24, 8, 40)]
+    adapters = {number: in_16_bits(LowRank(16, size, rank, 0.5)) for number, size, rank in ((0, 24, 5), (2, 40, 3))}
+    product = PackedProduct(weights, [None] * 3)
+    to = product.arithmetic
+    for adapter in adapters.values():
+        nn.init.normal_(adapter.b)
+    matrices = {number: (a.a.to(to), a.b.to(to)) for number, a in adapters.items()}
+    fused, x, regular = FusedLowRank(product.sizes, matrices, 0.5, product), torch.randn(1, 2 + masks, 16).to(to), 2
+    assert fused.joined == joined
+    with torch.inference_mode():
+        made = product.make(x.to(dtype)).to(to)
+        expected = made.clone()
+        fused.add_to(expected, x, regular)
+        assert not torch.equal(expected[:, regular:], made[:, regular:])
+        narrow = made if joined else fused.narrow(x[:, regular:])
+        fused.adder(made.shape, regular)(made, narrow)
+    torch.testing.assert_close(made, expected)
 
 
 def test_rows_are_joined_once_at_a_time_and_only_where_that_is_cheap(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cache
@@ -19,7 +19,7 @@ from foretell.packed import PackedProduct, Way
 
 SPELLED_OUT = 2**16  # numbers of a B up to which a compiled graph is faster without a product for it
 DIAGONAL = 2**20  # numbers of a matrix with B's along its diagonal, above which the zeros cost more than calls anywhere
-# BLAS libraries take fewer rows than this one by one, which is slow where they lie far apart in memory.
+# BLAS libraries take fewer rows than this, but several, one by one: slow where they lie far apart in memory.
 FEW_ROWS = 4
 # All ways of adding B's are timed for so many masks, by turns. Before each the processor reads so many bytes of other
 # things: as in a step, where all weights of a block are used between two uses of a B.
@@ -28,6 +28,8 @@ TRIED_MASKS, TRIED_BYTES, TRIED_ROUNDS = (2, 3, 4, 6, 8, 16), 2**21, 5
 Laying = tuple[Way, bool]  # how B's lie, and whether as one matrix, along its diagonal
 Range = tuple[int, int]
 Place = tuple[Range, Range]  # of a B: its columns in out, and in A·x
+Window = tuple[Range, Range, int]  # size, strides and start, as `as_strided` takes them
+Add = Callable[[Tensor, Tensor], None]  # to out, from A·x
 
 
 @dataclass
@@ -38,18 +40,44 @@ class LaidOut:
     bs: list[Tensor]  # as stored they lie transposed, so that rows are read
     way: Way
 
-    def add(self, part: Callable[[int, int], Tensor], narrow: Tensor, scale: float) -> None:
-        """The columns that `part` gives, (n, d) or (B, n / B, d), += scale · B·A·x, from narrow (n, r) = A·x."""
-        if self.way == "stored" and len(narrow) < FEW_ROWS and not torch.compiler.is_compiling():
-            narrow = narrow.contiguous()
-        for (columns, (start, stop)), b in zip(self.places, self.bs, strict=True):
-            term, of_part = part(*columns), narrow if len(self.bs) == 1 else narrow[:, start:stop]
+    def add(self, terms: Iterable[tuple[Tensor, Tensor]], scale: float) -> None:
+        """Of every place its columns, (n, d) or (B, n / B, d), += scale · B·A·x, from the rows (n, r) of A·x for it."""
+        for (term, narrow), b in zip(terms, self.bs, strict=True):
             if self.way == "blocks":
-                term.add_(packed.product(of_part, b).view(term.shape), alpha=scale)
+                term.add_(packed.product(narrow, b).view(term.shape), alpha=scale)
             elif term.ndim == 2:
-                term.addmm_(of_part, b, alpha=scale)
+                term.addmm_(narrow, b, alpha=scale)
             else:
-                term.add_((of_part @ b).view(term.shape), alpha=scale)
+                term.add_((narrow @ b).view(term.shape), alpha=scale)
+
+    def adder(self, shape: Sequence[int], first: int, rank: int, joined: bool, scale: float) -> Add:
+        """`add` to the rows from `first` on of what products make of this shape, (1, n, d), from A·x (1, n - first, r)
+        or, if that is `joined`, what holds it in its last columns: out again.
+
+        In a step a call of PyTorch costs as much as a small product, and one of Python a part of that: where everything
+        lies is worked out beforehand.
+        """
+        _, rows, width = shape
+        count, begin = rows - first, first * width
+        inside: Window = (count, rank), (width, 1), begin + width - rank
+        few = joined and self.way == "stored" and 1 < count < FEW_ROWS
+        row, start = (width, inside[2]) if joined and not few else (rank, 0)
+        lie: list[tuple[Window, Window, Tensor]] = []
+        for ((left, right), (top, bottom)), b in zip(self.places, self.bs, strict=True):
+            term = (count, right - left), (width, 1), begin + left
+            lie.append((term, ((count, bottom - top), (row, 1), start + top), b))
+
+        def add(out: Tensor, narrow: Tensor) -> None:
+            if few:
+                narrow = narrow.as_strided(*inside).contiguous()
+            for term, own, b in lie:
+                out.as_strided(*term).addmm_(narrow.as_strided(*own), b, alpha=scale)
+
+        def add_products(out: Tensor, narrow: Tensor) -> None:
+            for term, own, b in lie:
+                out.as_strided(*term).add_(packed.product(narrow.as_strided(*own), b), alpha=scale)
+
+        return add_products if self.way == "blocks" else add
 
 
 def laid_out(places: tuple[Place, ...], bs: Sequence[Tensor], way: Way, diagonal: bool) -> LaidOut:
@@ -97,16 +125,13 @@ def _timed(
     took = dict.fromkeys(possible, 0.0)  # logarithms, so that every number of rows counts the same
     width, rank = whole(places)
     for masks in TRIED_MASKS:
-        out = torch.ones(masks, width + rank, dtype=dtype)
-
-        def part(begin: int, end: int, out: Tensor = out) -> Tensor:
-            return out[:, begin:end]
-
+        out = torch.ones(1, masks, width + rank, dtype=dtype)
+        adders = {laying: laid.adder(out.shape, 0, rank, True, 1e-6) for laying, laid in ones.items()}  # 0 adds nothing
         best = dict.fromkeys(possible, math.inf)  # a disturbance only ever adds
-        for _, (laying, laid) in pairs(range(TRIED_ROUNDS), ones.items()):
+        for _, (laying, add) in pairs(range(TRIED_ROUNDS), adders.items()):
             between.sum()
             start = time.perf_counter()
-            laid.add(part, out[:, width:], 1e-6)  # 0 would do nothing
+            add(out, out)
             best[laying] = min(best[laying], time.perf_counter() - start)
         for laying in possible:
             took[laying] += math.log(best[laying])
@@ -164,35 +189,27 @@ class FusedLowRank:
             self.a, *tensors = tensors
         self.laid.bs = tensors
 
+    def adder(self, shape: Sequence[int], first: int) -> Add:
+        """`add_to` for what its product makes of one sequence, of this shape: see `LaidOut.adder`."""
+        return self.laid.adder(shape, first, self.rank, self.joined, self.scale)
+
     def add_to(self, out: Tensor, x: Tensor, first: int = 0) -> None:
         """out (B, n, sum of d_out) += s·B·A·x (B, n, d_in) in the rows from `first` on, in place, without autograd.
 
         If A is joined, out is followed by A·x: (B, n, sum of d_out + r).
         """
-        batch, rows, width = out.shape
-        if batch == 1 and out.stride(2) == 1 and not self.spelled_out:
-            # In one call instead of three: each costs as much as a small product.
-            row, start, count = out.stride(1), out.storage_offset() + first * out.stride(1), rows - first
-
-            def part(begin: int, end: int) -> Tensor:
-                return out.as_strided((count, end - begin), (row, 1), start + begin)
-
-        else:
-            own = out[:, first:]
-
-            def part(begin: int, end: int) -> Tensor:
-                return own[..., begin:end]
-
-        if self.a is None:
-            narrow = part(width - self.rank, width)
-        else:
-            narrow = packed.product(x[:, first:], self.a) if self.packed else x[:, first:] @ self.a
+        out = out[0, first:] if len(out) == 1 else out[:, first:]
+        narrow = out[..., -self.rank :] if self.a is None else self.narrow(x[:, first:])
         if self.spelled_out:
-            self._spell_out(part, narrow)
-        else:  # as rows of one product, not a product for each sequence
-            self.laid.add(part, narrow.reshape(-1, self.rank), self.scale)
+            for ((left, right), (top, _)), b in zip(self.laid.places, self.laid.bs, strict=True):
+                made = sum(narrow[..., top + i : top + i + 1] * row for i, row in enumerate(b))
+                out[..., left:right].add_(made, alpha=self.scale)
+            return
+        narrow = narrow.reshape(-1, self.rank)  # as rows of one product, not a product for each sequence
+        terms = [(out[..., left:right], narrow[:, top:bottom]) for (left, right), (top, bottom) in self.laid.places]
+        self.laid.add(terms, self.scale)
 
-    def _spell_out(self, part: Callable[[int, int], Tensor], narrow: Tensor) -> None:
-        for (columns, (start, _)), b in zip(self.laid.places, self.laid.bs, strict=True):
-            made = sum(narrow[..., start + i : start + i + 1] * row for i, row in enumerate(b))
-            part(*columns).add_(made, alpha=self.scale)
+    def narrow(self, x: Tensor) -> Tensor:
+        """A·x where A is not joined."""
+        assert self.a is not None
+        return packed.product(x, self.a) if self.packed else x @ self.a

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foretell.errors import ForetellError
-from foretell.fused_lora import FusedLowRank
+from foretell.fused_lora import Add, FusedLowRank
 from foretell.mapped import give_back
 from foretell.packed import PackedLinear, PackedProduct
 
+RECURRING = 64  # regular rows: steps with more have a prompt in them, and are met once
 PATIENCE = 3  # forwards without masks before the hooks are taken off: putting them on and off costs as much as that
 
 
@@ -141,11 +142,11 @@ class GatedLoRA(nn.Module):
         Raises ForetellError for anything else: slicing it would hit regular tokens.
         """
         width = self._width
+        if rows.ndim == 3 and rows.shape[1] == width:
+            return rows
         if rows.ndim == 2 and rows.shape[0] % width == 0:
             return rows.view(-1, width, rows.shape[-1])
-        if rows.ndim != 3 or rows.shape[1] != width:
-            raise ForetellError(f"an adapted layer got {tuple(rows.shape)}, not a whole number of {width}-row steps")
-        return rows
+        raise ForetellError(f"an adapted layer got {tuple(rows.shape)}, not a whole number of {width}-row steps")
 
     @contextmanager
     def open(self, regular: int, width: int) -> Iterator[None]:
@@ -202,10 +203,20 @@ class GatedLoRA(nn.Module):
             yield Term(name, product, adapter, FusedLowRank(product.sizes, matrices, self.scale, product))
 
     def _adding(self, fused: FusedLowRank) -> Callable[[Tensor, Tensor], None]:
+        adders: dict[tuple[torch.Size, int, int], Add] = {}  # of steps that recur
+
         def add_low_rank(x: Tensor, output: Tensor) -> None:
             regular = self._regular
-            if regular is not None:
-                fused.add_to(self._by_step(output), x if fused.joined else self._by_step(x), regular)
+            if regular is None:
+                return
+            key = output.shape, regular, self._width
+            add = adders.get(key)
+            if add is not None:
+                add(output, output if fused.joined else fused.narrow(x[:, regular:]))
+                return
+            fused.add_to(self._by_step(output), x if fused.joined else self._by_step(x), regular)
+            if output.shape[:-1] == (1, self._width) and regular <= RECURRING:
+                adders[key] = fused.adder(output.shape, regular)
 
         return add_low_rank
 
