@@ -101,8 +101,8 @@ class MTPModel(nn.Module):
             raise ForetellError(f"ids of shape {tuple(ids.shape)} do not fit layouts of (R, M) {sorted(shapes)}")
         embeddings = self.base.embed(ids)
         if layouts[0].masks:
-            numbers = [on_device(layout, self.base.device).mask_numbers for layout in layouts]
-            masks = torch.stack([self.mask_vectors[number] for number in numbers])
+            numbers = torch.stack([on_device(layout, self.base.device).mask_numbers for layout in layouts])
+            masks = nn.functional.embedding(numbers, self.mask_vectors)  # a fraction of the time that indexing takes
             embeddings = torch.cat([embeddings, masks.to(embeddings.dtype)], dim=1)
         if self.bidirectional:  # strategies need not know how the masks were trained
             layouts = [replace(layout, bidirectional=True) for layout in layouts]
