@@ -72,11 +72,11 @@ def test_a_text_of_one_step_has_no_decoding_to_time() -> None:
 
 @pytest.mark.parametrize("hf_too", [True, False])
 def test_wrong_output_is_found(hf_too: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    def accept_all(drafts: torch.Tensor, choices: torch.Tensor) -> torch.Tensor:
-        return torch.full(drafts.shape[:-1], drafts.shape[-1])
+    def accept_all(drafts: torch.Tensor, choices: torch.Tensor) -> list[list[int]]:
+        return [[drafts.shape[-1], *own] for own in choices.tolist()]
 
     model = tiny_model(masks=3)
-    monkeypatch.setattr(loop, "accepted_drafts", accept_all)
+    monkeypatch.setattr(loop, "decide", accept_all)
     report = bench(model, {"set": prompts(5)}, strategies=["linear"], masks=[3], max_new_tokens=24, rounds=1, hf=hf_too)
     (cell,) = report.cells
     *baselines, wrong = cell.rows

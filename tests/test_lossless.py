@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from foretell.config import STRATEGIES
+from foretell.decoding.verify import accepted_drafts, decide
 from foretell.errors import ForetellError
 
 from .decoded import decode
@@ -50,13 +51,22 @@ def test_drafts_that_are_nearly_all_accepted(name: str) -> None:
         assert 60 / out.steps >= least, strategy
 
 
+def test_what_is_decided_on_a_cpu_is_what_is_on_a_device() -> None:
+    torch.manual_seed(0)
+    drafts, choices = torch.randint(-1, 2, (64, 3)), torch.randint(0, 2, (64, 4))
+    accepted = accepted_drafts(drafts, choices)
+    assert set(accepted.tolist()) == {0, 1, 2, 3}
+    assert decide(drafts, choices) == torch.cat([accepted[:, None], choices], dim=1).tolist()
+    assert decide(drafts[:, :0], choices[:, :1]) == [[0, own] for own in choices[:, 0].tolist()]
+
+
 def test_spoiled_verification_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Accepting every draft must change the output: the comparisons above can fail."""
     from foretell.decoding import loop
 
     model = tiny_model()
     prompt = random_prompt(7)
-    monkeypatch.setattr(loop, "accepted_drafts", lambda drafts, choices: torch.full((1,), drafts.shape[1]))
+    monkeypatch.setattr(loop, "decide", lambda drafts, choices: [[drafts.shape[1], *choices[0].tolist()]])
     out = model.generate(input_ids=prompt, max_new_tokens=40, strategy="quadratic")
     assert out.token_ids != reference(model.base.lm, prompt, 40)
 

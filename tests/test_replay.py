@@ -11,13 +11,14 @@ from foretell.decoding import loop
 from foretell.decoding.draft import SamplerDrafter
 from foretell.decoding.generate import MTPForCausalLM
 from foretell.decoding.pick import Picker
+from foretell.decoding.verify import decide
 from foretell.errors import ForetellError
 from foretell.evaluation.optimum import fixed_rate
 from foretell.evaluation.overhead import held_bytes, memory, overhead
 from foretell.evaluation.random_models import random_model
 from foretell.evaluation.replay import ReplayDrafter, fates, true_drafts
 from foretell.evaluation.report import Spread
-from foretell.evaluation.step_cost import PLAIN, StepBench, alternate, strategy_layouts, timings, verify
+from foretell.evaluation.step_cost import PLAIN, StepBench, alternate, strategy_layouts, timings
 from tests.models import random_prompt, tiny_model
 
 PROFILE = (0.8, 0.5, 0.2)
@@ -196,7 +197,7 @@ def test_every_layout_and_part_is_timed(model: MTPForCausalLM, batch: int) -> No
 
 def test_verification_brings_counts_and_choices() -> None:
     drafts, choices = torch.tensor([[5, 6], [5, 7]]), torch.tensor([[5, 6, 1], [5, 6, 2]])
-    assert verify(drafts, choices) == [[2, 5, 6, 1], [1, 5, 6, 2]]
+    assert decide(drafts, choices) == [[2, 5, 6, 1], [1, 5, 6, 2]]
 
 
 def test_overhead_of_the_real_loop(model: MTPForCausalLM) -> None:

@@ -45,6 +45,9 @@ class Base(nn.Module):
         self.takes = frozenset(inspect.signature(self.decoder.forward).parameters)
         self.cache_argument = next((name for name in CACHE_ARGUMENTS if name in self.takes), None)
         self.text_config = lm.config.get_text_config()
+        # What Cohere multiplies its logits with, Granite divides them by, and Gemma bends them to.
+        terms = ("logit_scale", "logits_scaling", "final_logit_softcapping")
+        self._logit_terms = tuple(getattr(self.text_config, term, None) for term in terms)
         self.vocab_size = int(self.head.weight.shape[0])
         self.d_model = int(self.head.weight.shape[1])
         self.parameter_count = sum(p.numel() for p in lm.parameters())
@@ -197,12 +200,12 @@ class Base(nn.Module):
         # A product with a slice of more dimensions than two takes the slow way on a CPU in bfloat16: 16 times as long.
         rows = latents.flatten(0, -2) if latents.ndim > 2 else latents
         logits = self.head(rows).view(*latents.shape[:-1], -1)
-        config = self.text_config
-        if scale := getattr(config, "logit_scale", None):  # Cohere
-            logits = logits * scale
-        if scale := getattr(config, "logits_scaling", None):  # Granite
-            logits = logits / scale
-        if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
+        multiplied, divided, cap = self._logit_terms
+        if multiplied:
+            logits = logits * multiplied
+        if divided:
+            logits = logits / divided
+        if cap:
             logits = torch.tanh(logits / cap) * cap
         return logits
 

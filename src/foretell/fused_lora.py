@@ -167,6 +167,8 @@ class FusedLowRank:
         self.packed = can_pack and packed.pays(len(a), a.shape[1], a.dtype)
         self.a = None if self.joined else packed.reorder(a) if self.packed else a.t()
         self.laid = fastest(places, bs)
+        # Of steps that recur, by the shape of what the product makes, its regular rows and all rows of the step.
+        self.adders: dict[tuple[torch.Size, int, int], Add] = {}
 
     def in_graph(self) -> FusedLowRank:
         """The same for a graph that is compiled: products with small B's are spelled out as sums, which become part of

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foretell.errors import ForetellError
-from foretell.fused_lora import Add, FusedLowRank
+from foretell.fused_lora import FusedLowRank
 from foretell.mapped import give_back
 from foretell.packed import PackedLinear, PackedProduct
 
@@ -203,7 +203,7 @@ class GatedLoRA(nn.Module):
             yield Term(name, product, adapter, FusedLowRank(product.sizes, matrices, self.scale, product))
 
     def _adding(self, fused: FusedLowRank) -> Callable[[Tensor, Tensor], None]:
-        adders: dict[tuple[torch.Size, int, int], Add] = {}  # of steps that recur
+        adders = fused.adders
 
         def add_low_rank(x: Tensor, output: Tensor) -> None:
             regular = self._regular

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 KEPT = 1024  # tokens
 
@@ -45,8 +44,9 @@ class TokenTerms:
                         return self._terms(embed(torch.tensor(tokens)))
                 self._learn(list(missing), len(tokens[0]), embed)
             places, count = self._places, len(tokens[0])
-            numbers = [[count * places[token] + number for number, token in enumerate(own)] for own in tokens]
-            return F.embedding_bag(torch.tensor(numbers), self._kept.flatten(0, 1), mode="sum")
+            numbers = [count * places[own[number]] + number for number in range(count) for own in tokens]
+            terms = self._kept.flatten(0, 1).index_select(0, torch.tensor(numbers)).view(count, len(tokens), -1)
+            return terms[0] if count == 1 else terms.sum(0)
 
     def _learn(self, tokens: list[int], count: int, embed: Callable[[Tensor], Tensor]) -> None:
         """In each of `count` places a token stands alone, among embeddings of 0."""

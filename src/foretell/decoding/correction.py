@@ -11,6 +11,7 @@ import numpy as np
 from foretell.decoding.calibration import Floats
 
 LATEST, AGED = 64, 400  # steps that count, and after how many of any kind they no longer do
+NEWS = 1 / 8  # of the steps that count, how many new ones make it worth to fit them again
 SPREAD, SLOPE = 0.1, 0.1  # of logarithms: usual deviation of a step, and of the power of the width
 SMALL = 0.03  # deviations below count as so large
 ROUNDS = 4  # of fitting
@@ -71,20 +72,20 @@ class Correction:
         # Logarithms of the width and of the share of the measured seconds; when.
         self._steps: deque[tuple[float, float, int]] = deque(maxlen=LATEST)
         self._known: Fit | None = None
-        self._news = False  # since then
+        self._news = 0  # steps since then
 
     def took(self, width: int, share: float, now: int = 0) -> None:
         """A step of so many rows took this share of the seconds measured for it; `now`: steps of any kind so far."""
         self._steps.append((math.log(width), math.log(share), now))
-        self._news = True
+        self._news += 1
 
     def fit(self, now: int = 0) -> Fit | None:
-        """None while too few steps are known."""
+        """None while too few steps are known. Of many, few new ones make no other fit: not every solution needs one."""
         while self._steps and self._steps[0][2] < now - AGED:
             self._steps.popleft()
-            self._news = True
-        if self._news:
-            self._known, self._news = self._fitted() if len(self._steps) >= self.fewest else None, False
+            self._news += 1
+        if self._news > NEWS * len(self._steps) or (self._news and self._known is None):
+            self._known, self._news = self._fitted() if len(self._steps) >= self.fewest else None, 0
         return self._known
 
     def _fitted(self) -> Fit:

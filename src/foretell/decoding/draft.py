@@ -149,20 +149,25 @@ def draft(
         sampled = sampler.finish(numbered(prepared, numbers), terms, numbered(latents, numbers))
         scores = model.base.unembed(sampled) if short is None else short.scores(sampled, numbers)
         of = None if short is None else numbered(short.tokens, numbers)
-        index = choose(scores, of, numbers)
-        made = index if of is None else of.gather(1, index[:, None])[:, 0]
-        return made, confidence(scores, index) if confident else None
+        sure = None
+        if confident and choose is largest:
+            sure, index = scores.softmax(-1, dtype=torch.float32).max(-1)  # once through them for both
+        else:
+            index = choose(scores, of, numbers)
+            sure = confidence(scores, index) if confident else None
+        return index if of is None else of.gather(1, index[:, None])[:, 0], sure
 
-    guessed = torch.cat([before[:, : sampler.tokens].flip(1), drafts.view(shape)], dim=1)
-    return (seen if latents.device.type == "cpu" else unseen)(model.base.embed, sampler, guessed, sweep)
+    before, guessed = before[:, : sampler.tokens], drafts.view(shape)
+    return (seen if latents.device.type == "cpu" else unseen)(model.base.embed, sampler, before, guessed, sweep)
 
 
-def seen(embed: Embed, sampler: Sampler, guessed: Tensor, sweep: Sweep) -> tuple[Tensor, Tensor | None]:
-    """`draft`'s chain, from the T tokens before each block, the oldest first, and a guess of its K drafts, (B, T + K).
+def seen(embed: Embed, sampler: Sampler, before: Tensor, guessed: Tensor, sweep: Sweep) -> tuple[Tensor, Tensor | None]:
+    """`draft`'s chain, from the T tokens before each block, (B, T), the latest first, and a guess of its drafts (B, K).
 
     After each sweep it looks what has yet to settle.
     """
-    chain, numbers = Open(guessed.tolist(), sampler.tokens), None
+    texts = [[*reversed(own), *drafts] for own, drafts in zip(before.tolist(), guessed.tolist(), strict=True)]
+    chain, numbers = Open(texts, sampler.tokens), None
     for _ in range(chain.masks):
         if sampler.remembered is not None:
             terms = sampler.remembered.of(chain.before, embed)
@@ -175,9 +180,11 @@ def seen(embed: Embed, sampler: Sampler, guessed: Tensor, sweep: Sweep) -> tuple
     return torch.tensor(chain.drafts), torch.tensor(chain.sure).view(-1, chain.masks) if chain.sure else None
 
 
-def unseen(embed: Embed, sampler: Sampler, guessed: Tensor, sweep: Sweep) -> tuple[Tensor, Tensor | None]:
+def unseen(
+    embed: Embed, sampler: Sampler, before: Tensor, guessed: Tensor, sweep: Sweep
+) -> tuple[Tensor, Tensor | None]:
     """The same without a look, which would stall a device's queue: all drafts are made again, a few times."""
-    text, count, sure = guessed.clone(), sampler.tokens, None
+    text, count, sure = torch.cat([before.flip(1), guessed], dim=1), sampler.tokens, None
     for _ in range(min(text.shape[1] - count, UNSEEN_SWEEPS)):
         behind = text[:, :-1].unfold(1, count, 1).flatten(0, 1).flip(1)  # (B · K, T), the latest first
         made, sure = sweep(sampler.terms(embed(behind)))

@@ -17,7 +17,7 @@ from foretell.decoding.pick import Picker, first_largest
 from foretell.decoding.planning import strategy_of
 from foretell.decoding.stopping import Stop
 from foretell.decoding.strategies import Running, Strategy, aligned
-from foretell.decoding.verify import accepted_drafts
+from foretell.decoding.verify import decide
 from foretell.layout import Block, Layout, plain
 from foretell.model import MTPModel
 
@@ -118,11 +118,10 @@ def refilled_steps(
             along = reads_along(model, config, layouts[0].masks)
             logits = model.base.unembed(latents if along else latents[:, :regular])
             choices = pick_choices(picker, logits[:, :regular], running, drafts)
-            # The step's one synchronisation with the device: accepted counts and the base's choices together.
-            decided = torch.cat([accepted_drafts(drafts, choices)[:, None], choices], dim=1).tolist()
+            decided = decide(drafts, choices)
             done = []
-            for number, (row, layout, (accepted, *chosen)) in enumerate(zip(running, layouts, decided, strict=True)):
-                tokens, ended = stop.cut(row.text, chosen[: min(accepted + 1, row.remaining)])
+            for number, (row, layout, (count, *chosen)) in enumerate(zip(running, layouts, decided, strict=True)):
+                tokens, ended = stop.cut(row.text, chosen[: min(count + 1, row.remaining)])
                 row.remaining -= len(tokens)
                 row.stopped, row.remaining = ended and row.remaining > 0, 0 if ended else row.remaining
                 row.place += len(tokens)
@@ -130,8 +129,8 @@ def refilled_steps(
                 strategy.decided(row, tokens)
                 kept = logits[number, : len(tokens)].to(torch.float32, copy=True) if keep_logits else None
                 verified = min(row.drafts, regular - 1)
-                accepted = min(accepted, len(tokens))
-                step = Step(tokens, accepted, layout, row.sequence, verified, kept, not row.remaining, bool(unread))
+                count = min(count, len(tokens))
+                step = Step(tokens, count, layout, row.sequence, verified, kept, not row.remaining, bool(unread))
                 done.append(step)
             spent = time.perf_counter() - begin
             yield done
@@ -141,9 +140,8 @@ def refilled_steps(
             order = leave_finished(running, cache)
             if order:
                 running = [running[row] for row in order]
-                former, end = torch.tensor([order, [accepted[row] for row in order]], device=x.device)  # one transfer
-                x = choices[former, end]
-                before = torch.stack([x, ids[former, end]], dim=1)
+                before = last_tokens(choices, ids, order, accepted)
+                x = before[:, 0]
                 blocks = [layouts[row].block_rows(accepted[row]) for row in order]
                 for row, block in zip(running, blocks, strict=True):
                     row.drafts = 0 if block is None else min(block.stop - block.start, row.remaining - 1)
@@ -224,6 +222,17 @@ def pick_choices(picker: Picker, logits: Tensor, running: Sequence[Running], dra
         whole = [torch.tensor(text, device=logits.device) for text in verified]
         texts = [whole[number // regular][:end] for number, end in enumerate(ends)]
     return picker.pick(logits.flatten(0, 1), sequences, places, texts).view(-1, regular)
+
+
+def last_tokens(choices: Tensor, ids: Tensor, order: Sequence[int], accepted: Sequence[int]) -> Tensor:
+    """choices and ids (B, R) of a step, which rows go on, and what each row accepted -> the last two tokens (B', 2) of
+    those, the latest first."""
+    if len(order) == 1:  # two views cost less than indices
+        (row,) = order
+        end = accepted[row]
+        return torch.stack([choices[row : row + 1, end], ids[row : row + 1, end]], dim=1)
+    former, end = torch.tensor([order, [accepted[row] for row in order]], device=choices.device)  # one transfer
+    return torch.stack([choices[former, end], ids[former, end]], dim=1)
 
 
 def surviving(rows: Tensor, blocks: Sequence[slice | None]) -> Tensor:

@@ -63,7 +63,7 @@ class Planner:
         self._costs: Callable[[], Costs] | None = None  # that hold from now on
         self._shares = [1.0]  # (n,): see `urgency`
         self._correct_costs()
-        self._weights = self._worth()
+        self._weigh()
         self._solved = False
         self._hangs_masks, self._pays = False, True
         self._began_with, self._paid, self._in_vain = 1, True, 0  # sequences, while most were there, beginnings
@@ -85,7 +85,7 @@ class Planner:
         shares = np.maximum(np.diff(self.plain, prepend=0.0), 0.0) * self.sequences / self.plain[-1]
         self._shares = shares.tolist()
         self._correct_costs()  # which scales the solution
-        self._weights = self._worth()
+        self._weigh()
 
     @property
     def plain_seconds(self) -> float:
@@ -147,7 +147,7 @@ class Planner:
     def _best(self, reach: Sequence[float]) -> int:
         """The best shape for one sequence, for the chances that the first 0, 1, ... of its drafts hold."""
         end = self.shapes.ends[len(reach) - 1]
-        return int((self._seconds[:end] + self._weights[:end, : len(reach)] @ np.array(reach)).argmin())
+        return int((self._scores[:end, : len(reach)] @ np.array(reach)).argmin())
 
     def _best_together(self, reach: Sequence[Sequence[float]], urgency: Sequence[float]) -> list[int]:
         """The same for sequences that share a step: all pay for the most drafts and the most masks among them."""
@@ -191,7 +191,8 @@ class Planner:
         if self.sequences == 1 or not (self._solved and self._paid):
             self._solve_every = max(SOLVE_BATCH_EVERY, SOLVE_EVERY[0] // self.sequences)
         if self.sequences == 1 and self._solved:
-            self._until_solution = SETTLED
+            # Soon, then not so soon: earlier texts have told most of it, and many texts are short.
+            self._until_solution, self._solve_every = SETTLED, 2 * SOLVE_EVERY[0]
         self._probe_every = PROBE_EVERY[0]
         self.probe_soon()
         if self._in_vain * self.sequences >= TEXTS and self._in_vain % TEXTS:
@@ -295,11 +296,17 @@ class Planner:
             self._evaluate(*self._improved(reach, found))
             if np.abs(before - np.append(self.value, self.per_token)).max() < close * self.per_token:
                 break
-        self._weights = self._worth()
+        self._weigh()
         self._pays = self.per_token < PAYS * self.resting
         if 2 * self.sequences > self._began_with:  # the last texts of a batch are no measure of the next one
             self._paid = self._pays
         self._hangs_masks = bool((self.value + self.drafting).min() < 0)  # whether any block is worth its drafting
+
+    def _weigh(self) -> None:
+        """What every shape is worth by the last solution."""
+        self._weights = self._worth()
+        self._scores = self._weights.copy()
+        self._scores[:, 0] += self._seconds  # the chance that no draft or more hold is 1
 
     def _improved(self, reach: Floats, found: Floats) -> tuple[NDArray[np.intp], Floats]:
         """The best shapes (N, k+1) for n = 0..k drafts at hand, and the chances (N, k+1, k+1) that they go by.

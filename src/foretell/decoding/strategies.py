@@ -162,7 +162,9 @@ class Adaptive:
             return drafts.new_tensor([own]) if own else drafts
         made: list[list[float]] = [[] for _ in running]
         sure = made
-        if confidences is not None:
+        if confidences is not None and drafts.device.type == "cpu":
+            made, sure = drafts.tolist(), confidences.tolist()
+        elif confidences is not None:
             # One transfer for both; fp32 holds every token id below 2^24.
             made, sure = torch.stack([drafts.float(), confidences]).tolist()
         chosen = [self._choose(row, own, chances) for row, own, chances in zip(running, made, sure, strict=True)]

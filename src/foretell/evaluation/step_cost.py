@@ -14,7 +14,7 @@ from torch import Tensor
 from foretell.decoding.cache import StaticCache
 from foretell.decoding.draft import draft
 from foretell.decoding.pick import first_largest
-from foretell.decoding.verify import accepted_drafts
+from foretell.decoding.verify import decide
 from foretell.errors import ForetellError
 from foretell.evaluation.report import Spread
 from foretell.layout import Layout, linear, plain, quadratic
@@ -116,7 +116,7 @@ class StepBench:
     def step(self, layout: Layout) -> list[list[int]]:
         """All of a step but the drafting: forward, the base's choices, verification, and their way to the host."""
         choices = self.choices(self.forward(layout)[:, : layout.regular])
-        return verify(self.ids(layout.regular)[:, 1:], choices)
+        return decide(self.ids(layout.regular)[:, 1:], choices)
 
     def choices(self, latents: Tensor) -> Tensor:
         """(B, R, D) -> the base's choices (B, R)."""
@@ -143,7 +143,7 @@ class StepBench:
         for rows in (*range(1, k + 2), 2 * k + 1, 3 * k + 1):
             tasks[f"unembed {rows}"] = partial(self.choices, self.latents(rows))
         for rows in range(1, k + 2):
-            tasks[f"verify {rows}"] = partial(verify, self.ids(rows)[:, 1:], self.ids(rows))
+            tasks[f"verify {rows}"] = partial(decide, self.ids(rows)[:, 1:], self.ids(rows))
         for masks in range(1, k + 1):
             z = self.latents(masks)
             chain = partial(draft, model, z, self.ids(2))
@@ -154,8 +154,3 @@ class StepBench:
         for name, layout in layouts.items():
             tasks[f"masks {name}"] = partial(step_attention, [layout] * self.batch, self.lengths, model.base)
         return timings(alternate(tasks, self.device, rounds), PLAIN)
-
-
-def verify(drafts: Tensor, choices: Tensor) -> list[list[int]]:
-    """drafts (B, R-1), choices (B, R) -> per sequence the accepted count and the choices, as the loop takes them."""
-    return torch.cat([accepted_drafts(drafts, choices)[:, None], choices], dim=1).tolist()
