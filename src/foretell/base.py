@@ -55,7 +55,9 @@ class Base(nn.Module):
         self.max_positions = getattr(self.text_config, "max_position_embeddings", None)
         # GPT-Neo's attention has a table of that many columns, which mask rows take up as well.
         self.max_columns = self.max_positions if self.text_config.model_type == "gpt_neo" else None
-        self.windowed = is_windowed(self.text_config)  # asked at every step, and a configuration is slow to read
+        # Asked at every step, and a configuration is slow to read.
+        self.windowed = is_windowed(self.text_config)
+        self.layer_types: list[str] | None = getattr(self.text_config, "layer_types", None)
         self._groups = can_group(lm)
         self._fingerprints: tuple[str, str] | None = None
         self._statistics: tuple[Tensor, float] | None = None

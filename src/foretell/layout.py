@@ -45,12 +45,12 @@ class Layout:
             if not 0 <= block.after < self.regular or block.masks < 1:
                 raise ForetellError(f"{block} does not fit a layout of {self.regular} regular tokens")
 
-    @property
+    @cached_property
     def masks(self) -> int:
         """M: mask tokens in all blocks together."""
         return sum(block.masks for block in self.blocks)
 
-    @property
+    @cached_property
     def width(self) -> int:
         """Q = R + M."""
         return self.regular + self.masks

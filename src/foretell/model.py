@@ -24,6 +24,7 @@ from foretell.sampler import Sampler, make_sampler
 from foretell.support import check_supported, self_test
 
 RECURRING = 64  # regular tokens of a layout whose tensors are kept
+CACHED = 512  # tokens before a step up to which its mask is part of one that is kept
 
 
 class MTPModel(nn.Module):
@@ -147,9 +148,10 @@ def _on_device(layout: Layout, device: torch.device) -> LayoutOnDevice:
     return LayoutOnDevice(layout.mask_numbers.to(device), layout.position_offsets.to(device), layout.visible.to(device))
 
 
-@lru_cache(maxsize=1024)
-def _additive_visible(layout: Layout, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return additive(layout.visible, dtype).to(device)
+@lru_cache(maxsize=256)
+def _additive(layout: Layout, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(Q, CACHED + Q): a step over CACHED tokens."""
+    return nn.functional.pad(additive(layout.visible, dtype).to(device), (CACHED, 0))
 
 
 def recurs(layout: Layout) -> bool:
@@ -170,11 +172,10 @@ def step_attention(
         positions = (on_device(layouts[0], device).position_offsets + longest).expand(len(layouts), -1)
         if layouts[0].width == 1 and not explicit:
             return positions, None
-        new = (_additive_visible if recurs(layouts[0]) else _additive_visible.__wrapped__)(layouts[0], device, dtype)
-        mask = nn.functional.pad(new, (longest, 0))
+        mask = (_additive if recurs(layouts[0]) else _additive.__wrapped__)(layouts[0], device, dtype)
+        mask = mask[:, CACHED - longest :] if longest <= CACHED else nn.functional.pad(mask, (longest - CACHED, 0))
         mask = mask.expand(len(layouts), 1, -1, -1)
-        types = getattr(base.text_config, "layer_types", None)
-        return positions, mask if types is None else dict.fromkeys(types, mask)
+        return positions, mask if base.layer_types is None else dict.fromkeys(base.layer_types, mask)
     width, masks = layouts[0].width, layouts[0].masks
     cached = torch.tensor(lengths, device=device)[:, None]
     if masks:
