@@ -10,7 +10,7 @@ from foretell.decoding import loop
 from foretell.decoding.cache import StaticCache
 from foretell.decoding.pick import Picker
 from foretell.layout import Layout, linear, plain
-from foretell.model import _additive_visible, _on_device
+from foretell.model import _additive, _on_device
 
 from .decoded import decode
 from .models import CONFIGS, random_prompt, reference, tiny_model
@@ -66,9 +66,9 @@ def test_what_a_wide_prompt_took_is_not_kept() -> None:
     """A long-running server meets prompts of all lengths: their masks would fill the memory."""
     model = tiny_model()
     config = DecodeConfig(strategy="linear", masks=3, max_new_tokens=2)
-    kept = _on_device.cache_info().currsize, _additive_visible.cache_info().currsize
+    kept = _on_device.cache_info().currsize, _additive.cache_info().currsize
     for length in range(90, 100):
         for _ in loop.steps(model, [random_prompt(length)[0]], config, Picker(config)):
             pass
-    after = _on_device.cache_info().currsize, _additive_visible.cache_info().currsize
+    after = _on_device.cache_info().currsize, _additive.cache_info().currsize
     assert all(now - then <= 3 for now, then in zip(after, kept, strict=True))  # the layouts of the steps behind them
