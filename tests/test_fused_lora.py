@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from foretell import fused_lora
+from foretell import fused_lora, gated_lora
 from foretell import packed as packed_module
 from foretell.base import Base
 from foretell.config import MTPConfig
@@ -223,3 +223,29 @@ def test_two_adapters_share_a_packed_base_and_leave_it() -> None:
 
 def count(products: set[PackedProduct]) -> int:
     return sum(len(product.added) for product in products)
+
+
+def test_where_terms_lie_is_worked_out_once_for_all_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hooks are put on anew for each text; and what is remembered of steps has a bound."""
+    base = Base(tiny_lm("llama"))
+    base.pack(lambda: tiny_lm("llama"))
+    model = adapted(base)
+    shapes: list[tuple[torch.Size, int]] = []
+
+    def counted(self: FusedLowRank, shape: torch.Size, first: int) -> fused_lora.Add:
+        shapes.append((shape, first))
+        return adder(self, shape, first)
+
+    adder = FusedLowRank.adder
+    monkeypatch.setattr(FusedLowRank, "adder", counted)
+    texts = [
+        model.generate(input_ids=random_prompt(9), strategy="linear", max_new_tokens=30).token_ids for _ in range(2)
+    ]
+    assert texts[0] == texts[1] and shapes and not model.adapter._handles
+    made = len(shapes)
+    model.generate(input_ids=random_prompt(9), strategy="linear", max_new_tokens=30)
+    assert len(shapes) == made
+    monkeypatch.setattr(gated_lora, "KINDS", 2)
+    model.adapter.forget_terms()
+    model.generate(input_ids=random_prompt(9), strategy="linear", max_new_tokens=30)
+    assert all(len(term.fused.adders) <= 2 for term in model.adapter.terms if term.fused is not None)

@@ -23,7 +23,8 @@ from foretell.fused_lora import FusedLowRank
 from foretell.mapped import give_back
 from foretell.packed import PackedLinear, PackedProduct
 
-RECURRING = 64  # regular rows: steps with more have a prompt in them, and are met once
+# Regular rows: steps with more have a prompt in them, or many sequences. And steps of how many kinds are remembered.
+RECURRING, KINDS = 64, 64
 PATIENCE = 3  # forwards without masks before the hooks are taken off: putting them on and off costs as much as that
 
 
@@ -216,6 +217,8 @@ class GatedLoRA(nn.Module):
                 return
             fused.add_to(self._by_step(output), x if fused.joined else self._by_step(x), regular)
             if output.shape[:-1] == (1, self._width) and regular <= RECURRING:
+                if len(adders) == KINDS:
+                    adders.clear()
                 adders[key] = fused.adder(output.shape, regular)
 
         return add_low_rank
