@@ -151,9 +151,12 @@ def test_adders_for_steps_that_recur_add_the_same(
         expected = made.clone()
         fused.add_to(expected, x, regular)
         assert not torch.equal(expected[:, regular:], made[:, regular:])
+        in_graph = made.clone()
+        fused.in_graph().add_to(in_graph, x, regular)
         narrow = made if joined else fused.narrow(x[:, regular:])
         fused.adder(made.shape, regular)(made, narrow)
     torch.testing.assert_close(made, expected)
+    torch.testing.assert_close(in_graph, expected, atol=0.1 if to == torch.bfloat16 else 1e-5, rtol=0.02)
 
 
 def test_rows_are_joined_once_at_a_time_and_only_where_that_is_cheap(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from foretell.config import MTPConfig
 from foretell.decoding.cache import StaticCache
 from foretell.errors import ForetellError
 from foretell.layout import Block, Layout, linear, plain, quadratic
-from foretell.model import MTPModel
+from foretell.model import CACHED, MTPModel, step_attention
 
 from .models import CONFIGS, MIXTURES, random_prompt, tiny_lm, tiny_model
 
@@ -127,3 +127,15 @@ def test_a_cast_after_the_first_step_is_followed() -> None:
     model.adapter.to(torch.float32)
     after = run(model, prompt, ids, linear(0, 2))
     assert torch.equal(before[:1], after[:1]) and not torch.equal(before, after)
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_masks_over_any_number_of_cached_tokens(explicit: bool) -> None:
+    """Up to CACHED of them the mask is a view of one that is kept."""
+    base, layout = tiny_model().base, linear(2, 3)
+    for length in (0, 1, CACHED - 1, CACHED, CACHED + 1, CACHED + 90):
+        positions, mask = step_attention([layout], [length], base, explicit)
+        seen = torch.cat([torch.ones(layout.width, length, dtype=torch.bool), layout.visible], 1)
+        assert isinstance(mask, torch.Tensor) and torch.equal(mask[0, 0] == 0, seen)
+        assert torch.equal(positions, layout.position_offsets[None] + length)
+        assert mask.is_contiguous() or not explicit

@@ -200,7 +200,7 @@ class FusedLowRank:
 
         If A is joined, out is followed by A·x: (B, n, sum of d_out + r).
         """
-        out = out[0, first:] if len(out) == 1 else out[:, first:]
+        out = out[:, first:]
         narrow = out[..., -self.rank :] if self.a is None else self.narrow(x[:, first:])
         if self.spelled_out:
             for ((left, right), (top, _)), b in zip(self.laid.places, self.laid.bs, strict=True):
@@ -208,6 +208,7 @@ class FusedLowRank:
                 out[..., left:right].add_(made, alpha=self.scale)
             return
         narrow = narrow.reshape(-1, self.rank)  # as rows of one product, not a product for each sequence
+        out = out[0] if len(out) == 1 else out
         terms = [(out[..., left:right], narrow[:, top:bottom]) for (left, right), (top, bottom) in self.laid.places]
         self.laid.add(terms, self.scale)
 

@@ -173,7 +173,10 @@ def step_attention(
         if layouts[0].width == 1 and not explicit:
             return positions, None
         mask = (_additive if recurs(layouts[0]) else _additive.__wrapped__)(layouts[0], device, dtype)
-        mask = mask[:, CACHED - longest :] if longest <= CACHED else nn.functional.pad(mask, (longest - CACHED, 0))
+        if explicit or longest > CACHED or device.type != "cpu":  # graphs and GPUs want it in one piece
+            mask = nn.functional.pad(mask[:, CACHED:], (longest, 0))
+        else:
+            mask = mask[:, CACHED - longest :]
         mask = mask.expand(len(layouts), 1, -1, -1)
         return positions, mask if base.layer_types is None else dict.fromkeys(base.layer_types, mask)
     width, masks = layouts[0].width, layouts[0].masks
