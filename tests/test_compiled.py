@@ -96,8 +96,12 @@ def test_a_step_for_which_the_cache_must_grow_runs_eager_and_the_next_compiled(
 
 
 # What is special: an empty part of rotated columns and fused linears; two kinds of layers, soft caps and eager
-# attention; blocks that give attention weights too, learned positions, a number for what is not seen.
-@pytest.mark.parametrize(("name", "dtype"), [("phi3", "bfloat16"), ("gemma2", "float32"), ("gpt_neo", "float32")])
+# attention; blocks that give attention weights too, learned positions, a number for what is not seen; linears of a
+# class of their own, which are not packed.
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("phi3", "bfloat16"), ("gemma2", "float32"), ("gpt_neo", "float32"), ("falcon", "float32")],
+)
 def test_architectures(name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "gemma2":  # and weights as stored, as on a machine that multiplies them faster
         monkeypatch.setattr("foretell.packed.pays", lambda d_out, d_in, dtype: False)
