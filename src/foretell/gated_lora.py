@@ -20,11 +20,11 @@ from torch.nn import functional as F
 
 from foretell.errors import ForetellError
 from foretell.fused_lora import FusedLowRank
+from foretell.layout import RECURRING
 from foretell.mapped import give_back
 from foretell.packed import PackedLinear, PackedProduct
 
-# Regular rows: steps with more have a prompt in them, or many sequences. And steps of how many kinds are remembered.
-RECURRING, KINDS = 64, 64
+KINDS = 64  # of steps that are remembered
 PATIENCE = 3  # forwards without masks before the hooks are taken off: putting them on and off costs as much as that
 
 

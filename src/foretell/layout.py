@@ -16,6 +16,9 @@ from torch import Tensor
 
 from foretell.errors import ForetellError
 
+# Regular tokens: steps with more have a prompt in them, or many sequences, and what is made for them is not kept.
+RECURRING = 64
+
 
 class Block(NamedTuple):
     """`masks` mask tokens hung after regular token `after` (counted from 0)."""

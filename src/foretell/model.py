@@ -18,12 +18,11 @@ from foretell.compiled import CompiledSteps
 from foretell.config import MTPConfig
 from foretell.errors import ForetellError
 from foretell.gated_lora import GatedLoRA, adapted_modules
-from foretell.layout import Layout
+from foretell.layout import RECURRING, Layout
 from foretell.lean import Rows
 from foretell.sampler import Sampler, make_sampler
 from foretell.support import check_supported, self_test
 
-RECURRING = 64  # regular tokens of a layout whose tensors are kept
 CACHED = 512  # tokens before a step up to which its mask is part of one that is kept
 
 
