@@ -195,12 +195,22 @@ def test_shapes_hold_the_fixed_strategies(several: bool) -> None:
 
 def test_the_least_of_shapes_that_fit() -> None:
     found, random = shapes(4, several=True), np.random.default_rng(0)
-    worth = random.random((len(found.layouts), 3))
-    least = found.least(worth)
+    weights, urgency, reach = random.random((len(found.layouts), 5)), [0.3, 2.0, 0.7], [[1.0], [1.0, 0.4], [1.0] * 5]
+    worth = found.shared.weights(weights) @ found.shared.ahead(reach, urgency)
+    least = found.shared.least(worth)
+    assert least.shape == (5, len(found.totals), 3)
     for d in range(5):
         for column, total in enumerate(found.totals):
-            fits = [layout.regular <= d + 1 and layout.masks <= total for layout in found.layouts]
-            assert least[d, column] == pytest.approx(worth[fits].min(0))
+            best = found.shared.best(worth, d * len(found.totals) + column)
+            for b, own in enumerate(reach):
+                fits = [
+                    index
+                    for index, layout in enumerate(found.layouts)
+                    if layout.regular <= min(d + 1, len(own)) and layout.masks <= total
+                ]
+                expected = weights[fits, : len(own)] @ own * urgency[b]
+                assert least[d, column, b] == pytest.approx(expected.min())
+                assert best[b] == fits[expected.argmin()]
 
 
 def test_what_a_shape_is_worth() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from foretell.decoding.calibration import Experience, means
+from foretell.decoding.calibration import Experience, Floats, means
 from foretell.decoding.costs import Costs, of_batch, plain_steps
 from foretell.decoding.planner import SETTLED, SHORT, Planner
 from foretell.evaluation.simulation import noisy_costs
@@ -73,7 +73,7 @@ def test_drafts_alone_are_weighed_as_all_shapes_are() -> None:
         reach = [np.cumprod([1.0, *random.uniform(0.1, 1, random.integers(0, 5))]).tolist() for _ in range(5)]
         urgency = random.uniform(0, 2, 5).tolist()
         short = planner._best_together(reach, urgency)
-        planner._hangs_masks, planner._dearer = True, planner._dearer * 0 - 1.0  # which rules the short ways out
+        planner._hangs_masks, planner._dearer = True, [-1.0] * 5  # which rules the short ways out
         long = planner._best_together(reach, urgency)
         planner._hangs_masks = False
         planner._correct_costs()
@@ -98,7 +98,7 @@ def test_the_sequence_that_ends_last_is_the_most_urgent() -> None:
     experience = Experience(4)
     planner = Planner(noisy_costs(4, COSTS["1B"], 0.0, np.random.default_rng(0)), experience)
     costs = noisy_costs(4, COSTS["1B"], 0.0, np.random.default_rng(0))
-    planner.reprice(lambda: costs, np.array([4.0, 5.0, 6.0]))
+    planner.reprice(costs, np.array([4.0, 5.0, 6.0]))
     experience.stopped = 0.0
     assert planner.urgency([10, 90, 20], False) == pytest.approx([0.5, 2.0, 0.5])
     assert planner.urgency([10, 90, 90], False) == pytest.approx([0.5, 1.25, 1.25])
@@ -138,7 +138,7 @@ def test_sequences_that_share_a_step_are_expected_to_gain_what_they_do_on_averag
     planner.solve()
     alone = planner.per_token
     assert planner.gain == pytest.approx(1 / alone - 1) and planner.gain > 0.05
-    planner.reprice(lambda: costs, np.ones(16))
+    planner.reprice(costs, np.ones(16))
     planner.solve()
     assert planner.per_token > 1.05 * alone
 
@@ -150,13 +150,14 @@ def test_means_are_of_as_many_in_a_row() -> None:
     assert means(chances, 9) == pytest.approx(chances.mean(0, keepdims=True))
 
 
-def test_a_batch_that_thins_out_is_priced_when_that_is_asked_for() -> None:
-    planner = Planner(Costs({1: 4.0}, {2: 5.0, 25: 9.0}, {4: 0.0}), Experience(4))
-
-    def never() -> Costs:
+class Unpriced(Costs):
+    def steps(self, masks: int) -> Floats:
         raise AssertionError("priced")
 
-    planner.reprice(never, np.array([1.0, 3.0]))
+
+def test_a_batch_that_thins_out_is_priced_when_that_is_asked_for() -> None:
+    planner = Planner(Costs({1: 4.0}, {2: 5.0, 25: 9.0}, {4: 0.0}), Experience(4))
+    planner.reprice(Unpriced({}, {}, {}), np.array([1.0, 3.0]))
     planner.took(plain(), 3.0)
     assert planner.plain_seconds == 3.0 and planner.sequences == 2
     with pytest.raises(AssertionError, match="priced"):
@@ -169,7 +170,7 @@ def test_a_solution_is_scaled_to_fewer_sequences_and_soon_renewed() -> None:
     planner = Planner(costs_of[4.0], experience)
     planner.solve()
     before, value = planner.per_token, planner.value.copy()
-    planner.reprice(lambda: costs_of[1.0], np.ones(1))
+    planner.reprice(costs_of[1.0], np.ones(1))
     planner._price()
     assert planner.per_token == pytest.approx(before / 4) and planner.value == pytest.approx(value / 4)
     planner.solve()
@@ -201,17 +202,17 @@ def test_a_batch_at_rest_that_thins_out_is_solved_for_again(left: int, tried: bo
     for _ in range(32):
         experience.made([0.9] * 8)
     planner = Planner(tables[1], experience)
-    planner.reprice(lambda: tables[4], plain_steps(tables, 4))
+    planner.reprice(tables[4], plain_steps(tables, 4))
     planner.solve()
     assert not planner.layouts([[1.0]] * 4, [100] * 4)[0].masks
     for _ in range(SETTLED):
         planner.layouts([[1.0]] * 4, [100] * 4)
     assert planner.rests(100)
-    planner.reprice(lambda: tables[2], plain_steps(tables, 2))
+    planner.reprice(tables[2], plain_steps(tables, 2))
     assert planner.rests(left) != tried
     if tried:
         assert planner.layouts([[1.0]] * 2, [left] * 2)[0].masks
-        planner.reprice(lambda: tables[4], plain_steps(tables, 4))
+        planner.reprice(tables[4], plain_steps(tables, 4))
         assert not planner.rests(100)
 
 
@@ -223,7 +224,7 @@ def test_texts_in_vain_are_counted_not_batches(sequences: int, beginnings: int) 
     planner = Planner(tables[1], experience)
     for number in range(beginnings + 2):
         experience.begin_text(sequences)
-        planner.reprice(lambda: of_batch(tables, sequences), plain_steps(tables, sequences))
+        planner.reprice(of_batch(tables, sequences), plain_steps(tables, sequences))
         planner.begin_text()
         for step in range(12):
             if sequences > 1 and planner.rests(100):
@@ -242,7 +243,7 @@ def test_a_batch_soon_learns_that_confidence_was_misplaced() -> None:
     experience = Experience(8)
     planner = Planner(tables[1], experience)
     experience.begin_text(16)
-    planner.reprice(lambda: tables[16], plain_steps(tables, 16))
+    planner.reprice(tables[16], plain_steps(tables, 16))
     planner.begin_text()
     logits, made = experience.made([0.9] * 8), 0
     while planner.layouts([[1.0]] * 16, [100] * 16)[0].masks and made < 8:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 from foretell import __version__
 from foretell.config import DecodeConfig
 from foretell.decoding.cache import StaticCache
+from foretell.decoding.calibration import Floats
 from foretell.decoding.draft import draft, reads_along, shortlist_size
 from foretell.decoding.pick import Picker
 from foretell.hardware import device_name
@@ -55,16 +57,30 @@ class Costs:
             **{kind: {width: factor * value for width, value in table.items()} for kind, table in asdict(self).items()}
         )
 
-    def steps(self, masks: int) -> NDArray[np.float64]:
+    def steps(self, masks: int) -> Floats:
         """(k+1, k(k+1)+1): seconds of a step that verifies d drafts and hangs M masks."""
         drafts, hung = np.arange(masks + 1)[:, None], np.arange(masks * (masks + 1) + 1)[None, :]
         seconds = interpolated(self.masked, drafts + 1 + hung)
         seconds[:, 0] = interpolated(self.regular, drafts[:, 0] + 1)
         return seconds
 
-    def drafting(self, masks: int) -> NDArray[np.float64]:
+    def drafting(self, masks: int) -> Floats:
         """(k+1,): seconds of making n drafts."""
         return interpolated({0: 0.0, **self.drafts}, np.arange(masks + 1))
+
+
+class Priced(NamedTuple):
+    """What steps of a number of sequences cost, as tables for blocks of up to k masks."""
+
+    costs: Costs
+    steps: Floats  # (k+1, k(k+1)+1) seconds, by drafts and masks
+    drafting: Floats  # (k+1,) seconds, by drafts
+    shares: list[float]  # (n,): of a plain step, that the nth sequence adds, 1 on average
+
+    @classmethod
+    def of(cls, costs: Costs, plain: Floats, masks: int) -> Self:
+        shares = np.maximum(np.diff(plain, prepend=0.0), 0.0) * len(plain) / plain[-1]
+        return cls(costs, costs.steps(masks), costs.drafting(masks), shares.tolist())
 
 
 def of_batch(tables: Mapping[int, Costs], sequences: int) -> Costs:
@@ -82,13 +98,13 @@ def of_batch(tables: Mapping[int, Costs], sequences: int) -> Costs:
     return Costs(between("regular"), between("masked"), between("drafts"))
 
 
-def plain_steps(tables: Mapping[int, Costs], sequences: int) -> NDArray[np.float64]:
+def plain_steps(tables: Mapping[int, Costs], sequences: int) -> Floats:
     """(n,): seconds of plain steps of 1, 2, ... n sequences."""
     sizes = sorted(tables)
     return np.interp(np.arange(1, sequences + 1), sizes, [tables[size].regular[1] for size in sizes])
 
 
-def interpolated(table: dict[int, float], at: NDArray[np.int64]) -> NDArray[np.float64]:
+def interpolated(table: dict[int, float], at: NDArray[np.int64]) -> Floats:
     """A table's values at `at`, never falling with the width.
 
     Where a wider step seems faster, the narrower one was disturbed while it was timed: nothing makes steps faster.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 
 import numpy as np
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from foretell.decoding.calibration import Experience, Floats, means
 from foretell.decoding.correction import Correction, Fit, Pace
-from foretell.decoding.costs import Costs
+from foretell.decoding.costs import Costs, Priced
 from foretell.decoding.shapes import shapes
 from foretell.layout import Block, Layout
 
@@ -51,17 +51,19 @@ class Planner:
         fewest = PLAIN_TIMED, PLAIN_TIMED, TIMED, TIMED
         self._corrections = [Correction(count) for count in fewest]
         self._of_drafting = Correction(TIMED)  # of making drafts, by their number
-        self._pace, self._fits = Pace(), [correction.fit() for correction in self._corrections]
-        self._taken = 0  # steps
+        self._pace, self._taken = Pace(), 0  # steps
         self._widths = np.arange(1.0, masks + 2)[:, None] + np.arange(masks * (masks + 1) + 1)  # by drafts and masks
         self.value = np.zeros(masks + 1)
         self._measured, self._drafting = costs.steps(masks), costs.drafting(masks)
+        self._priced: dict[int, Priced] = {}  # the last ones, by number of sequences
+        self._fits: list[Fit | None] = []
         self._table, self.per_token = self._measured, float(self._measured[0, 0])
         self.resting = self.per_token  # seconds of a plain step without planning
         self.sequences = self._solved_for = 1
         self.plain: Floats = self._measured[0, :1]  # (n,): seconds of a plain step of 1, 2, ... n sequences
-        self._costs: Callable[[], Costs] | None = None  # that hold from now on
-        self._shares = [1.0]  # (n,): see `urgency`
+        self._costs: Costs | None = None  # that hold from now on
+        self._shares = [1.0]
+        self._of_shared: tuple[Floats, Floats] | None = None  # weights of shapes that a step shares, seconds of pairs
         self._correct_costs()
         self._weigh()
         self._solved = False
@@ -70,20 +72,20 @@ class Planner:
         self._without_masks, self._probe_every = 0, PROBE_EVERY[0]
         self._until_solution, self._solve_every = 0, SOLVE_EVERY[0]
 
-    def reprice(self, costs: Callable[[], Costs], plain: Floats) -> None:
-        """From now on this is what steps cost, once that is asked for, and what plain ones (n,) of 1, 2, ... n
-        sequences do, if n are decoded."""
+    def reprice(self, costs: Costs, plain: Floats) -> None:
+        """From now on steps cost this, and plain ones (n,) of 1, 2, ... n sequences that, if n are decoded."""
         self.plain, self.sequences, self._costs = plain, len(plain), costs
 
     def _price(self) -> None:
         """As `reprice` has said: a batch that thins out while nothing is planned has new costs at every other step."""
         if self._costs is None:
             return
-        costs, self._costs = self._costs(), None
-        self._measured, self._drafting = costs.steps(self.masks), costs.drafting(self.masks)
+        costs, self._costs = self._costs, None
+        known = self._priced.get(self.sequences)
+        if known is None or known.costs is not costs:
+            known = self._priced[self.sequences] = Priced.of(costs, self.plain, self.masks)
+        _, self._measured, self._drafting, self._shares = known
         self.shapes = shapes(self.masks, several=self.sequences > 1)
-        shares = np.maximum(np.diff(self.plain, prepend=0.0), 0.0) * self.sequences / self.plain[-1]
-        self._shares = shares.tolist()
         self._correct_costs()  # which scales the solution
         self._weigh()
 
@@ -156,14 +158,13 @@ class Planner:
             return self._drafts_alone(reach, gained)
         if all(gain <= dearer for gain, dearer in zip(gained[1:], self._dearer[1:], strict=False)):
             return [self._best([1.0])] * len(reach)
-        padded = np.array([[*own, *[0.0] * (self.masks + 1 - len(own))] for own in reach])
-        worth = self._weights @ (padded.T * urgency)  # (L, B)
-        worth[self.shapes.verified[:, None] >= [len(own) for own in reach]] = np.inf
+        shared = self.shapes.shared
+        if self._of_shared is None:
+            self._of_shared = shared.weights(self._weights), self._table[:, self.shapes.totals]
+        weights, seconds = self._of_shared
         # `value` sees one sequence that pays for the whole step: their mean is the step's.
-        totals = self._table[:, self.shapes.totals] + self.shapes.least(worth).mean(-1)
-        verified, column = np.unravel_index(int(totals.argmin()), totals.shape)
-        fits = (self.shapes.verified <= verified) & (self.shapes.hung <= self.shapes.totals[column])
-        return np.where(fits[:, None], worth, np.inf).argmin(0).tolist()
+        worth = weights @ shared.ahead(reach, [weight / len(reach) for weight in urgency])  # (G, B)
+        return shared.best(worth, int((seconds + shared.least(worth).sum(-1)).argmin()))
 
     def _gained(self, reach: Sequence[Sequence[float]], urgency: Sequence[float]) -> list[float]:
         """What verifying up to 0, 1, ... drafts gains, for the tokens that may be expected to hold."""
@@ -259,29 +260,39 @@ class Planner:
 
     def _correct_costs(self) -> None:
         """Steps of every kind cost what was measured, corrected by what the latest took at the machine's usual pace."""
-        self._fits = fits = [correction.fit(self._taken) for correction in self._corrections]
-        known = next(filter(None, fits), Fit(0.0, 0.0, 0.0))
-        known = known._replace(level=max(known.level, 0.0), slope=0.0)  # busy machines slow all, idle ones not
-        resting, planned, drafted, masked = fits
+        fits = [correction.fit(self._taken) for correction in (*self._corrections, self._of_drafting)]
+        if fits != self._fits:
+            self._fits = fits
+            self._refit()
+        known, (resting, planned, *_) = self._usual, fits
         resting, planned = resting or planned or known, planned or resting or known
-        drafted, masked = drafted or known, masked or known
         plain_seconds = self._measured[0, 0] * float(planned.at(self.sequences))
         # Planning costs nothing less; steps at rest come behind prompts and trials more often.
         self.resting = min(plain_seconds, self._measured[0, 0] * float(resting.at(self.sequences)))
         scale = plain_seconds / self._table[0, 0]
         self.per_token, self.value = self.per_token * scale, self.value * scale  # as all costs change, so do these
-        self._table = self._measured * masked.at(self._widths)
-        self._table[:, 0] = self._measured[:, 0] * drafted.at(self._widths[:, 0])
+        self._table = self._measured * self._factors
         self._table[0, 0] = plain_seconds
-        for axis in (0, 1):  # a fit may fall faster with the width than what was measured rises
+        for axis in (0, 1) if self._falls else ():
             self._table[:, 1:] = np.maximum.accumulate(self._table[:, 1:], axis)
         self._seconds = self._table[self.shapes.verified, self.shapes.hung]
         # (k+1,): seconds of making the drafts of a block of n masks.
-        counts = np.maximum(np.arange(self.masks + 1), 1)
-        self.drafting = np.maximum.accumulate(self._drafting * (self._of_drafting.fit(self._taken) or known).at(counts))
-        self._dearer = (self._table - self._table[0]).min(1)  # (k+1,): what verifying d drafts adds, at least
+        self.drafting = np.maximum.accumulate(self._drafting * self._drafting_factors)
+        self._dearer = (self._table - self._table[0]).min(1).tolist()  # (k+1,): what verifying d drafts adds, at least
         # Chance of a first draft below which neither it nor what comes behind it pays for its rows.
-        self.least_chance = float((self._dearer[1:] / np.arange(1, self.masks + 1)).min()) / self.resting
+        self.least_chance = min(more / drafts for drafts, more in enumerate(self._dearer) if drafts) / self.resting
+
+    def _refit(self) -> None:
+        """Factors of all that is measured but plain steps, for any number of sequences."""
+        *fits, drafting = self._fits
+        known = next(filter(None, fits), Fit(0.0, 0.0, 0.0))
+        # Busy machines slow all kinds of steps, idle ones not.
+        self._usual = known = known._replace(level=max(known.level, 0.0), slope=0.0)
+        _, _, drafted, masked = (fit or known for fit in fits)
+        self._factors = masked.at(self._widths)
+        self._factors[:, 0] = drafted.at(self._widths[:, 0])
+        self._falls = masked.slope < 0  # perhaps faster with the width than what was measured rises
+        self._drafting_factors = (drafting or known).at(np.maximum(np.arange(self.masks + 1), 1))
 
     def solve(self) -> None:
         """Policy iteration over the recent blocks, going on from the last solution (docs/planner.md)."""
@@ -305,6 +316,7 @@ class Planner:
     def _weigh(self) -> None:
         """What every shape is worth by the last solution."""
         self._weights = self._worth()
+        self._of_shared = None
         self._scores = self._weights.copy()
         self._scores[:, 0] += self._seconds  # the chance that no draft or more hold is 1
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
 
 from foretell.config import DecodeConfig
-from foretell.decoding.calibration import Experience
+from foretell.decoding.calibration import Experience, Floats
 from foretell.decoding.costs import Costs, costs, of_batch, plain_steps
 from foretell.decoding.pausing import Pause
 from foretell.decoding.planner import Planner
@@ -27,6 +26,7 @@ class Planning:
         self.experience = Experience(config.masks or model.max_masks)
         self.pause = Pause()
         self._costs: dict[int, Costs] = {}  # by number of sequences, as measured
+        self._between: dict[int, tuple[Costs, Floats]] = {}  # of those asked for, and of plain steps
         self._sequences = 1  # that the planner now plans for
         self._planner: Planner | None = None
 
@@ -35,6 +35,7 @@ class Planning:
         they are now, so that nothing is timed in the midst of decoding."""
         for size in {1, 1 << (sequences - 1).bit_length()} - self._costs.keys():
             self._costs[size] = costs(model, self.config, size)
+            self._between.clear()
         if self._planner is None:
             self._planner = Planner(self._costs[1], self.experience)
 
@@ -43,7 +44,9 @@ class Planning:
         assert self._planner is not None
         if sequences != self._sequences:
             self._sequences = sequences
-            self._planner.reprice(partial(of_batch, self._costs, sequences), plain_steps(self._costs, sequences))
+            if sequences not in self._between:
+                self._between[sequences] = of_batch(self._costs, sequences), plain_steps(self._costs, sequences)
+            self._planner.reprice(*self._between[sequences])
         return self._planner
 
 

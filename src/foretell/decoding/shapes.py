@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
 from itertools import combinations
 
 import numpy as np
@@ -10,16 +11,16 @@ import numpy as np
 from foretell.decoding.calibration import Floats
 from foretell.layout import Block, Layout
 
+NEVER = 1e6  # seconds
 SIZES = {False: 4, True: 2}  # parts of k masks that blocks come in, for one sequence and for several
 
 
 class Shapes:
-    """L layouts, by drafts verified: few enough to weigh all of them at every step.
+    """L layouts, by drafts verified and masks in all: few enough to weigh all of them at every step.
 
-    layouts: the layouts, by drafts and then by blocks. verified, hung (L,): drafts that they verify, and masks in all.
-    blocks (L, k+1): masks after each token; there (L, k+1): 1 for the tokens that they have. totals (T,): the different
-    numbers of masks. starts, ends (k+1,): the first of those with d drafts, which hangs no masks, and what comes behind
-    the last.
+    layouts: the layouts in that order. verified, hung (L,): drafts that they verify, and masks in all. blocks (L, k+1):
+    masks after each token; there (L, k+1): 1 for the tokens that they have. totals (T,): the different numbers of
+    masks. starts, ends (k+1,): the first of those with d drafts, which hangs no masks, and what comes behind the last.
     """
 
     def __init__(self, layouts: tuple[Layout, ...], masks: int) -> None:
@@ -30,20 +31,62 @@ class Shapes:
         self.there = (np.arange(masks + 1) <= self.verified[:, None]).astype(float)
         self.ends = np.searchsorted(self.verified, np.arange(masks + 1), side="right")
         self.starts = np.append(0, self.ends[:-1])
-        self.totals, column = np.unique(self.hung, return_inverse=True)
-        # In order of (drafts, masks), where each such pair starts, and the pairs.
-        self._by_pair = np.lexsort((column, self.verified))
-        pairs = np.stack([self.verified, column])[:, self._by_pair]
-        self._pair_starts = np.flatnonzero(np.append(True, (pairs[:, 1:] != pairs[:, :-1]).any(0)))
-        self._pairs = pairs[0, self._pair_starts], pairs[1, self._pair_starts]
+        self.totals = np.unique(self.hung)
+
+    @cached_property
+    def shared(self) -> Shared:
+        return Shared(self)
+
+
+class Shared:
+    """The same layouts for sequences that share a step: all pay for the most drafts and the most masks among them.
+
+    A pair is a number of drafts and one of `totals`: (k+1)·T of them, in order. worth (G, B) below has a row for every
+    layout, by pairs, and one for every pair that no layout has; `rows` (G,) says which layout, or any.
+    """
+
+    def __init__(self, shapes: Shapes) -> None:
+        states = len(shapes.ends)
+        own = [
+            np.flatnonzero((shapes.verified == drafts) & (shapes.hung == total))
+            for drafts in range(states)
+            for total in shapes.totals
+        ]
+        self.rows = np.concatenate([found if len(found) else [0] for found in own])
+        sizes = np.array([max(1, len(found)) for found in own])
+        self._starts = np.cumsum(sizes) - sizes
+        self._pairs = states, len(shapes.totals)
+        missing = np.repeat([not len(found) for found in own], sizes)
+        # (G, k+1): for sequences with n = 0..k drafts at hand, whether the row verifies more, or is none.
+        self._never = (shapes.verified[self.rows][:, None] > np.arange(states)) | missing[:, None]
+        drafts, hung = np.where(missing, states, shapes.verified[self.rows]), shapes.hung[self.rows]
+        self._fitting = [
+            np.flatnonzero((drafts <= most) & (hung <= total)) for most in range(states) for total in shapes.totals
+        ]
+
+    def weights(self, weights: Floats) -> Floats:
+        """(L, k+1) that a layout's worth is linear in -> (G, 2(k+1)), for `ahead`."""
+        return np.hstack([weights[self.rows], NEVER * self._never])
+
+    def ahead(self, reach: Sequence[Sequence[float]], weights: Sequence[float]) -> Floats:
+        """Chances (n_b + 1,) that the first 0..n_b drafts of a sequence hold, times its weight -> (2(k+1), B)."""
+        states, _ = self._pairs
+        padded = [
+            [*[weight * chance for chance in own], *[0.0] * (states - 1), 1.0, *[0.0] * (states - len(own))]
+            for own, weight in zip(reach, weights, strict=True)
+        ]
+        return np.array(padded).T
 
     def least(self, worth: Floats) -> Floats:
-        """worth (L, B) -> (k+1, T, B): the least of the shapes with at most d drafts and `totals[t]` masks."""
-        least = np.full((len(self.ends), len(self.totals), worth.shape[1]), np.inf)
-        least[self._pairs] = np.minimum.reduceat(worth[self._by_pair], self._pair_starts, axis=0)
+        """worth (G, B) -> (k+1, T, B): the least of the layouts with at most d drafts and `totals[t]` masks."""
+        least = np.minimum.reduceat(worth, self._starts, axis=0).reshape(*self._pairs, -1)
         np.minimum.accumulate(least, axis=0, out=least)
-        np.minimum.accumulate(least, axis=1, out=least)
-        return least
+        return np.minimum.accumulate(least, axis=1, out=least)
+
+    def best(self, worth: Floats, pair: int) -> list[int]:
+        """The layout of every sequence, of those with at most as many drafts and masks as a pair, by its place."""
+        fitting = self._fitting[pair]
+        return self.rows[fitting[worth[fitting].argmin(0)]].tolist()
 
 
 @lru_cache(maxsize=16)
@@ -67,4 +110,5 @@ def shapes(masks: int, several: bool = False) -> Shapes:
         for spot, large, small in spots:
             counts = [large if r in spot else small for r in range(drafts + 1)]
             found.add((drafts + 1, tuple(Block(r, count) for r, count in enumerate(counts) if count)))
-    return Shapes(tuple(Layout(regular, blocks) for regular, blocks in sorted(found)), masks)
+    ordered = sorted(found, key=lambda layout: (layout[0], sum(block.masks for block in layout[1]), layout[1]))
+    return Shapes(tuple(Layout(regular, blocks) for regular, blocks in ordered), masks)
