@@ -20,7 +20,7 @@ def test_nothing_is_said_from_few_steps() -> None:
     correction.took(9, 2.0)
     fit = correction.fit()
     assert fit is not None and fit.factor == pytest.approx(2.0)
-    assert fit.at(np.array([1.0, 81.0])) == pytest.approx([2.0, 2.0])  # one width tells nothing of others
+    assert fit.at_all(np.array([1.0, 81.0])) == pytest.approx([2.0, 2.0])  # one width tells nothing of others
 
 
 def test_level_and_slope_are_found_through_disturbances() -> None:
@@ -32,7 +32,7 @@ def test_level_and_slope_are_found_through_disturbances() -> None:
         correction.took(width, share * (4 if random.random() < 0.2 else 1))  # the machine was busy
     fit = correction.fit()
     assert fit is not None
-    assert fit.at(np.array([5.0, 9.0, 20.0])) == pytest.approx(0.46 * np.array([5 / 9, 1, 20 / 9]) ** 0.4, rel=0.07)
+    assert fit.at_all(np.array([5.0, 9.0, 20.0])) == pytest.approx(0.46 * np.array([5 / 9, 1, 20 / 9]) ** 0.4, rel=0.07)
 
 
 def test_the_latest_steps_count() -> None:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from foretell.decoding.lookup import Looks
+
 Floats = NDArray[np.float64]
 
 PRIOR_VARIANCE = {"bias": 1.0, "slope": 0.25, "evidence": 0.25, "place": 0.25}
@@ -113,6 +115,7 @@ class Experience:
         self.masks = masks
         self.calibration = Calibration(masks)
         self.lookup = Calibration(masks)  # of the text's own drafts: `Found.log_odds`, `Found.evidence`
+        self.looks = Looks()
         self.stopped = 0.5  # share of the latest texts that ended before their limit
         # Of blocks, log-odds (k,): of this text, or of those of a batch, and of each of the last ones.
         self._own: deque[list[float]] = deque(maxlen=WINDOW)

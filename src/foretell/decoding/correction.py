@@ -31,8 +31,12 @@ class Fit(NamedTuple):
         """At the usual width."""
         return float(np.exp(self.level))
 
-    def at(self, widths: Floats | float) -> Floats:
-        """Factors (...) for steps of so many rows (...)."""
+    def at(self, width: float) -> float:
+        """The factor for steps of so many rows."""
+        return math.exp(self.level + self.slope * (math.log(width) - self.usual))
+
+    def at_all(self, widths: Floats) -> Floats:
+        """The same for many widths (...)."""
         factors: Floats = np.exp(self.level + self.slope * (np.log(widths) - self.usual))
         return factors
 

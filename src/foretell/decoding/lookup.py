@@ -11,6 +11,9 @@ TRIED = 8  # earlier places that are compared, the latest ones behind the same l
 SOUGHT = 128  # places behind the same last token that are looked through for them
 LONGEST = 32  # tokens: a longer match says no more
 REMEMBERED = 0.95  # weight of what became of earlier first drafts, from one to the next
+FADES = 1 - 1 / 64  # weight of what looks gained and took, from one to the next
+FIRST_GUESS = 4.0  # tokens that looks have gained, before any did
+SELDOM = 4  # steps of which one looks while that is not worth its time
 DOUBT = 3.0  # first drafts that fail, before any was seen
 
 
@@ -32,6 +35,39 @@ class Found(NamedTuple):
         """What first drafts of this text that held or failed say, as log-odds: a text that has begun to repeat itself
         goes on with it."""
         return math.log((1 + self.held) / (DOUBT + self.failed))
+
+
+class Looks:
+    """Whether looking for a text's own drafts has lately been worth the time that it takes.
+
+    Counted is what steps with such drafts accepted beyond what they would have without. What drafts promise is no
+    measure: they are taken where they promise more than others, that is, where their promise flatters most.
+    """
+
+    def __init__(self) -> None:
+        # Of the latest looks; `tokens` of a first guess.
+        self._tokens, self._seconds = FIRST_GUESS, 0.0
+        self._passed_over = 0
+
+    def pays(self, token: float) -> bool:
+        """Whether it did, where a token is worth so many seconds."""
+        return self._tokens * token >= self._seconds
+
+    def due(self, token: float) -> bool:
+        """Whether to look at this step: now and then also in vain."""
+        if self.pays(token):
+            return True
+        self._passed_over += 1
+        return self._passed_over % SELDOM == 0
+
+    def looked(self, seconds: float) -> None:
+        self._tokens *= FADES
+        self._seconds = FADES * self._seconds + seconds
+
+    def gained(self, tokens: int, seconds: float = 0.0) -> None:
+        """By what was found, in steps that take so much longer for it."""
+        self._tokens += tokens
+        self._seconds += seconds
 
 
 class TextLookup:

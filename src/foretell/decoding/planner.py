@@ -179,10 +179,13 @@ class Planner:
         drafts = int((self._table[: len(gained), 0] - gained).argmin())
         return [int(self.shapes.starts[min(drafts, len(own) - 1)]) for own in reach]
 
-    def verifies(self, reach: Sequence[float]) -> bool:
-        """Whether one sequence at rest gains by drafts with these chances (n+1,), which then have to be planned for."""
+    def verifies(self, reach: Sequence[float]) -> tuple[int, float]:
+        """How many drafts with these chances (n+1,) to verify of one sequence at rest, and the seconds beyond those of
+        a plain step that this takes; such a step has to be planned for."""
         gained = self._gained([reach], [1.0])
-        return any(gain > seconds - self.resting for gain, seconds in zip(gained[1:], self._table[1:, 0], strict=False))
+        more = [0.0, *(seconds - self.resting for seconds in self._table[1 : len(gained), 0].tolist())]
+        drafts = max(range(len(gained)), key=lambda drafts: gained[drafts] - more[drafts])
+        return drafts, more[drafts]
 
     def begin_text(self) -> None:
         """A new text, or a batch of them, may be of another kind: try masks at once if plain decoding seems best; after
@@ -266,9 +269,9 @@ class Planner:
             self._refit()
         known, (resting, planned, *_) = self._usual, fits
         resting, planned = resting or planned or known, planned or resting or known
-        plain_seconds = self._measured[0, 0] * float(planned.at(self.sequences))
+        plain_seconds = float(self._measured[0, 0]) * planned.at(self.sequences)
         # Planning costs nothing less; steps at rest come behind prompts and trials more often.
-        self.resting = min(plain_seconds, self._measured[0, 0] * float(resting.at(self.sequences)))
+        self.resting = min(plain_seconds, float(self._measured[0, 0]) * resting.at(self.sequences))
         scale = plain_seconds / self._table[0, 0]
         self.per_token, self.value = self.per_token * scale, self.value * scale  # as all costs change, so do these
         self._table = self._measured * self._factors
@@ -289,10 +292,10 @@ class Planner:
         # Busy machines slow all kinds of steps, idle ones not.
         self._usual = known = known._replace(level=max(known.level, 0.0), slope=0.0)
         _, _, drafted, masked = (fit or known for fit in fits)
-        self._factors = masked.at(self._widths)
-        self._factors[:, 0] = drafted.at(self._widths[:, 0])
+        self._factors = masked.at_all(self._widths)
+        self._factors[:, 0] = drafted.at_all(self._widths[:, 0])
         self._falls = masked.slope < 0  # perhaps faster with the width than what was measured rises
-        self._drafting_factors = (drafting or known).at(np.maximum(np.arange(self.masks + 1), 1))
+        self._drafting_factors = (drafting or known).at_all(np.maximum(np.arange(self.masks + 1), 1))
 
     def solve(self) -> None:
         """Policy iteration over the recent blocks, going on from the last solution (docs/planner.md)."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 
 from foretell.decoding.calibration import Calibration, Experience
-from foretell.decoding.lookup import Found, TextLookup
+from foretell.decoding.lookup import TextLookup
 from foretell.decoding.pausing import Batch, Pause
 from foretell.decoding.planner import Planner
 from foretell.layout import Block, Layout, linear, plain, quadratic
@@ -89,6 +91,8 @@ class OpenBlock:
     calibration: Calibration  # that learns from it
     evidence: float = 0.0  # for all of them, as log-odds
     held: int = 0
+    counted: int = 0  # drafts that it would pay to verify at rest, of which it counts how many hold
+    seconds: float = 0.0  # that this takes
 
     def __post_init__(self) -> None:
         self.reach = self.calibration.reach(self.logits, self.evidence)  # chances that the first 0, 1, ... of them hold
@@ -103,6 +107,9 @@ class Adaptive:
     lookup: bool = True  # whether drafts also come from the text itself
     open: dict[int, list[OpenBlock]] = field(default_factory=dict)  # by sequence
     reach: dict[int, list[float]] = field(default_factory=dict)  # chances that the first 0, 1, ... drafts at hand hold
+    # Drafts at hand that are the text's own, where they were planned for, and what masks made, if they did.
+    taken: dict[int, tuple[OpenBlock, OpenBlock | None]] = field(default_factory=dict)
+    verified: int = 0  # drafts in the last step
     texts: dict[int, TextLookup] = field(default_factory=dict)
     pause: Pause | None = None  # None: it never pauses
     paused: bool = False
@@ -129,30 +136,41 @@ class Adaptive:
         self.sequences, self.gained, self.urgency = len(running), 0.0, {}
         self.paused = self._pauses(running, planner)
         if self.paused:
+            self.verified = 0
             return [plain()] * len(running)
         reach = [self.reach[row.sequence] if row.drafts else [1.0] for row in running]
         remaining = [row.remaining for row in running]
         urgency = planner.urgency(remaining, refilled)
         self.urgency = dict(zip((row.sequence for row in running), urgency, strict=True))
         layouts = planner.layouts(reach, remaining, urgency)
+        self.verified = max(layout.regular for layout in layouts) - 1
         return [within(layout, left) for layout, left in zip(layouts, remaining, strict=True)]
 
     def decided(self, row: Running, tokens: Sequence[int]) -> None:
         self.gained += len(tokens) * self.urgency.get(row.sequence, 1.0)
         still_open = []
+        taken = self.taken.pop(row.sequence, None)
         for block in self.open.get(row.sequence, ()):
             expected = block.drafts[block.held : block.held + len(tokens)]
             same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(expected, tokens, strict=False)))
             block.held += same
-            if same < len(expected) or block.held == len(block.drafts):
+            closed = same < len(expected) or block.held == len(block.drafts)
+            if block.counted and (closed or block.held >= block.counted):
+                self.experience.looks.gained(min(block.held, block.counted), block.seconds)
+                block.counted = 0
+            if closed:
                 block.calibration.decided(block.logits, block.held, block.evidence)
             else:
                 still_open.append(block)
         self.open[row.sequence] = still_open
+        if taken is not None:
+            found, made = taken
+            without = 0 if made is None else min(made.held, self.verified)
+            self.experience.looks.gained(min(found.held, self.verified) - without)
         if not row.remaining:  # others may take its place for hours
             self.experience.ended(row.stopped)
             self._learn_worth(row.place)
-            for kept in (self.open, self.reach, self.texts):
+            for kept in (self.open, self.reach, self.texts, self.taken):
                 kept.pop(row.sequence, None)
 
     def drafted(self, running: Sequence[Running], drafts: Tensor, confidences: Tensor | None) -> Tensor:
@@ -235,7 +253,8 @@ class Adaptive:
                 self.pause.learn_worth(len(self.batch.plain), worth)
 
     def _listen(self, row: Running) -> list[int]:
-        """At rest: drafts of the text itself, if verifying them is expected to gain; else they teach, that is all.
+        """At rest: drafts of the text itself, if verifying them is expected to gain and such drafts did; else they
+        teach, that is all.
 
         At most steps there are none, and what is done here is most of what such a step takes beyond a plain one.
         """
@@ -243,7 +262,8 @@ class Adaptive:
         if found is None or self.planning is None:
             return []
         self.open.setdefault(row.sequence, []).append(found)
-        if not self.planning.verifies(found.reach):
+        found.counted, found.seconds = self.planning.verifies(found.reach)
+        if not (found.counted and self.experience.looks.pays(self._worth_of_token())):
             return []
         self.reach[row.sequence], row.drafts = found.reach, len(found.drafts)
         return found.drafts
@@ -265,6 +285,7 @@ class Adaptive:
         if found is not None:
             blocks.append(found)
             if sum(found.reach) > promise:
+                self.taken[row.sequence] = found, best
                 best, instead = found, True
         self.open.setdefault(row.sequence, []).extend(blocks)
         self.reach[row.sequence], row.drafts = ([1.0], 0) if best is None else (best.reach, len(best.drafts))
@@ -273,21 +294,29 @@ class Adaptive:
     def _found(self, row: Running, promise: float = 1.0) -> OpenBlock | None:
         """The text's own drafts; None if there are none, or the first is too unlikely for more than so many tokens to
         come of them, or to pay for a row. Mostly it is, and then the rest is spared."""
-        found = Found([], 0)
-        if self.lookup:
-            found = self._text(row).find(row.text, min(self.experience.masks, row.remaining - 1))
-        least = (promise - 1) / max(1, len(found.drafts))
+        looks, block = self.experience.looks, None
+        if self.lookup and looks.due(self._worth_of_token()):
+            begin = time.perf_counter()
+            block = self._find(row, promise)
+            looks.looked(time.perf_counter() - begin)
+        self.experience.found([1.0] if block is None else block.reach)
+        return block
+
+    def _find(self, row: Running, promise: float) -> OpenBlock | None:
+        found = self._text(row).find(row.text, min(self.experience.masks, row.remaining - 1))
+        if not found.drafts:
+            return None
+        least, evidence = (promise - 1) / len(found.drafts), found.evidence()
         if self.planning is not None:
             least = max(least, self.planning.least_chance)
-        if found.drafts:
-            evidence = found.evidence()
-            if self.experience.lookup.chance(found.log_odds(0), 0, evidence) >= least:
-                logits = [found.log_odds(number) for number in range(len(found.drafts))]
-                block = OpenBlock(found.drafts, logits, self.experience.lookup, evidence)
-                self.experience.found(block.reach)
-                return block
-        self.experience.found([1.0])
-        return None
+        if self.experience.lookup.chance(found.log_odds(0), 0, evidence) < least:
+            return None
+        logits = [found.log_odds(number) for number in range(len(found.drafts))]
+        return OpenBlock(found.drafts, logits, self.experience.lookup, evidence)
+
+    def _worth_of_token(self) -> float:
+        """Seconds, of one sequence of those that share a step."""
+        return math.inf if self.planning is None else self.planning.per_token / self.planning.sequences
 
 
 def next_layout(strategy: str, drafts: int, masks: int, remaining: int) -> Layout:
