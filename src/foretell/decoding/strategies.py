@@ -6,14 +6,14 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from foretell.decoding.calibration import Calibration, Experience
+from foretell.decoding.calibration import Experience
 from foretell.decoding.lookup import TextLookup
+from foretell.decoding.open_block import OpenBlock
 from foretell.decoding.pausing import Batch, Pause
 from foretell.decoding.planner import Planner
 from foretell.layout import Block, Layout, linear, plain, quadratic
@@ -83,22 +83,6 @@ class Fixed:
 
 
 @dataclass
-class OpenBlock:
-    """Drafts whose fate is not known to the end."""
-
-    drafts: list[int]
-    logits: list[float]
-    calibration: Calibration  # that learns from it
-    evidence: float = 0.0  # for all of them, as log-odds
-    held: int = 0
-    counted: int = 0  # drafts that it would pay to verify at rest, of which it counts how many hold
-    seconds: float = 0.0  # that this takes
-
-    def __post_init__(self) -> None:
-        self.reach = self.calibration.reach(self.logits, self.evidence)  # chances that the first 0, 1, ... of them hold
-
-
-@dataclass
 class Adaptive:
     """The planner's choice. Every draft made teaches it, also one never verified: the text tells in the end."""
 
@@ -148,25 +132,9 @@ class Adaptive:
 
     def decided(self, row: Running, tokens: Sequence[int]) -> None:
         self.gained += len(tokens) * self.urgency.get(row.sequence, 1.0)
-        still_open = []
-        taken = self.taken.pop(row.sequence, None)
-        for block in self.open.get(row.sequence, ()):
-            expected = block.drafts[block.held : block.held + len(tokens)]
-            same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(expected, tokens, strict=False)))
-            block.held += same
-            closed = same < len(expected) or block.held == len(block.drafts)
-            if block.counted and (closed or block.held >= block.counted):
-                self.experience.looks.gained(min(block.held, block.counted), block.seconds)
-                block.counted = 0
-            if closed:
-                block.calibration.decided(block.logits, block.held, block.evidence)
-            else:
-                still_open.append(block)
-        self.open[row.sequence] = still_open
-        if taken is not None:
-            found, made = taken
-            without = 0 if made is None else min(made.held, self.verified)
-            self.experience.looks.gained(min(found.held, self.verified) - without)
+        if blocks := self.open.get(row.sequence):
+            self.open[row.sequence] = [block for block in blocks if block.follow(tokens)]
+            self._count(row.sequence, blocks)
         if not row.remaining:  # others may take its place for hours
             self.experience.ended(row.stopped)
             self._learn_worth(row.place)
@@ -210,6 +178,17 @@ class Adaptive:
             else:
                 worth = self.pause.worth(len(self.batch.plain)) if self.batch is not None else 1.0
                 self.pause.worked(sequences, share, worth * self.gained / sequences, self.planning.gain)
+
+    def _count(self, sequence: int, blocks: Sequence[OpenBlock]) -> None:
+        """What the last step shows of the worth of looking for drafts in the text."""
+        for block in blocks:
+            if block.counted and (block.closed or block.held >= block.counted):
+                self.experience.looks.gained(min(block.held, block.counted), block.seconds)
+                block.counted = 0
+        if sequence in self.taken:
+            found, made = self.taken.pop(sequence)
+            without = 0 if made is None else min(made.held, self.verified)
+            self.experience.looks.gained(min(found.held, self.verified) - without)
 
     def _pauses(self, running: Sequence[Running], planner: Planner) -> bool:
         """Whether the next step is a plain one and nothing else: by the clock, or by what the planner expects."""
