@@ -314,7 +314,7 @@ def test_plans_must_beat_plain_steps_that_nobody_plans() -> None:
     """Masks seem to pay beside plain steps with planning, drafts looked for and all, but not beside those at rest."""
     experience = Experience(8)
     for _ in range(32):
-        experience.made([0.6] * 8)
+        experience.made([0.7] * 8)
     planner = Planner(Costs({1: 2.0, 9: 2.6}, {2: 3.0, 81: 30.0}, {8: 0.2}), experience)
     for _ in range(64):
         planner.took(plain(), 2.0)

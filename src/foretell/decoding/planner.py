@@ -28,7 +28,7 @@ PROBE_EVERY = (8, 256)  # steps without masks before some are tried again, `PROB
 PROBE_RARER = 8
 PROBE_MASKS, FEWEST_PROBED = 4, 2  # the first drafts tell most
 TOO_LATE = 8  # tokens that a text may still get in which nothing is tried any more
-PAYS = 0.97  # plain steps that a token must cost less than for anything else to be worth its trouble
+PAYS = 0.93  # plain steps that a token must cost less than for anything else to be worth its trouble
 SETTLED = 2  # steps after which the fate of what was tried is known
 TEXTS = 4  # in a row in which nothing paid, after which only one of so many begins with masks
 
