@@ -252,3 +252,26 @@ def test_a_batch_soon_learns_that_confidence_was_misplaced() -> None:
             experience.made([0.9] * 8)
             experience.calibration.decided(logits, 0)
     assert 1 <= made <= 4
+
+
+def test_what_so_many_sequences_cost_is_worked_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts of a batch end one after another, in every batch anew."""
+    tables = {size: Costs({1: float(size)}, {2: 1.1 * size, 25: 3.0 * size}, {4: 0.0}) for size in (1, 2, 4)}
+    priced: list[Costs] = []
+    plainly = Costs.steps
+
+    def spied(self: Costs, masks: int) -> Floats:
+        priced.append(self)
+        return plainly(self, masks)
+
+    planner = Planner(tables[1], Experience(4))
+    monkeypatch.setattr(Costs, "steps", spied)
+    for _ in range(3):
+        for size in (4, 2):
+            planner.reprice(tables[size], plain_steps(tables, size))
+            urgency = planner.urgency([10] * size, False)
+            assert planner.plain_seconds == size and urgency == pytest.approx([1.0] * size)
+    assert priced == [tables[4], tables[2]]
+    planner.reprice(changed := tables[2].scaled(2.0), plain_steps(tables, 2))
+    planner.urgency([10] * 2, False)
+    assert priced[2:] == [changed]
