@@ -81,18 +81,16 @@ def test_drafting_is_corrected_apart_from_steps() -> None:
     assert planner._table[0, 8] == pytest.approx(step) and planner.drafting[8] == pytest.approx(2.0)
 
 
-def test_what_is_long_ago_is_forgotten() -> None:
+def test_what_is_long_ago_is_soon_outweighed_but_not_forgotten() -> None:
     correction = Correction(6)
     for now in range(LATEST):
         correction.took(9, 2.0, now)
-    fit = correction.fit(LATEST)
-    assert fit is not None and fit.factor == pytest.approx(2.0)
-    fit = correction.fit(AGED + LATEST - 6)  # of which six are left
-    assert fit is not None and fit.factor == pytest.approx(2.0)
-    assert correction.fit(AGED + LATEST) is None
+    for now in (LATEST, AGED + LATEST - 6, 9 * AGED):
+        fit = correction.fit(now)
+        assert fit is not None and fit.factor == pytest.approx(2.0)
     for now in range(6):
-        correction.took(9, 1.0, AGED + LATEST + now)
-    fit = correction.fit(AGED + LATEST + 6)
+        correction.took(9, 1.0, 9 * AGED + now)
+    fit = correction.fit(9 * AGED + 6)
     assert fit is not None and fit.factor == pytest.approx(1.0)
 
 

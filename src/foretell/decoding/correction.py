@@ -10,7 +10,7 @@ import numpy as np
 
 from foretell.decoding.calibration import Floats
 
-LATEST, AGED = 64, 400  # steps that count, and after how many of any kind they no longer do
+LATEST, AGED = 64, 400  # steps that count, and after how many of any kind most no longer do
 NEWS = 1 / 8  # of the steps that count, how many new ones make it worth to fit them again
 SPREAD, SLOPE = 0.1, 0.1  # of logarithms: usual deviation of a step, and of the power of the width
 SMALL = 0.03  # deviations below count as so large
@@ -66,12 +66,12 @@ class Correction:
     longer. What counts is what steps take on average, so the factor is raised by what they take beyond the usual: now
     and then the planner solves its problem in one. The slope is believed to be 0 until widths that differ tell another:
     a table measured while something else kept the machine busy is too flat, not only too high. What is long ago is
-    forgotten: where steps with masks were last taken in a busy hour, and plain ones in a quiet one, masks would not be
-    tried again.
+    forgotten but for as many steps as a fit takes: all of it, and a kind that was seen to be dear would be taken for
+    one as cheap as the others every so often; none of it, and a few trials would not outweigh a busy hour.
     """
 
     def __init__(self, fewest: int) -> None:
-        """`fewest`: steps, before which nothing is corrected."""
+        """`fewest`: steps that a fit takes: before them nothing is corrected."""
         self.fewest = fewest
         # Logarithms of the width and of the share of the measured seconds; when.
         self._steps: deque[tuple[float, float, int]] = deque(maxlen=LATEST)
@@ -85,7 +85,7 @@ class Correction:
 
     def fit(self, now: int = 0) -> Fit | None:
         """None while too few steps are known. Of many, few new ones make no other fit: not every solution needs one."""
-        while self._steps and self._steps[0][2] < now - AGED:
+        while len(self._steps) > self.fewest and self._steps[0][2] < now - AGED:
             self._steps.popleft()
             self._news += 1
         if self._news > NEWS * len(self._steps) or (self._news and self._known is None):
