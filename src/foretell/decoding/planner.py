@@ -6,17 +6,16 @@ from collections.abc import Sequence
 from itertools import groupby
 
 import numpy as np
-from numpy.typing import NDArray
 
 from foretell.decoding.calibration import Experience, Floats, means
 from foretell.decoding.correction import Correction, Fit, Pace
 from foretell.decoding.costs import Costs, Priced
+from foretell.decoding.problem import Problem
 from foretell.decoding.shapes import shapes
 from foretell.layout import Block, Layout
 
 FIRST_ROUNDS, ROUNDS = 10, 2  # of policy iteration, at most: from nothing, and from the last solution
 FIRST_CLOSE, CLOSE = 0.01, 0.3  # tokens: a round that changes less is the last
-ENDS = 1e-3  # chance that drafts at hand are lost, as by the end of the text: what would go on for ever has a value
 # Steps between solutions, doubling from the first to the last: of one sequence and, at least, of a batch, each step of
 # which tells as much as many of one.
 SOLVE_EVERY, SOLVE_BATCH_EVERY = (8, 32), 2
@@ -278,9 +277,10 @@ class Planner:
         self._table[0, 0] = plain_seconds
         for axis in (0, 1) if self._falls else ():
             self._table[:, 1:] = np.maximum.accumulate(self._table[:, 1:], axis)
-        self._seconds = self._table[self.shapes.verified, self.shapes.hung]
         # (k+1,): seconds of making the drafts of a block of n masks.
         self.drafting = np.maximum.accumulate(self._drafting * self._drafting_factors)
+        seconds = self._table[self.shapes.verified, self.shapes.hung]
+        self._problem = Problem(self.shapes, seconds, self.drafting)
         self._dearer = (self._table - self._table[0]).min(1).tolist()  # (k+1,): what verifying d drafts adds, at least
         # Chance of a first draft below which neither it nor what comes behind it pays for its rows.
         self.least_chance = min(more / drafts for drafts, more in enumerate(self._dearer) if drafts) / self.resting
@@ -307,7 +307,8 @@ class Planner:
         self._solved, self._solved_for = True, self.sequences
         for _ in range(rounds):
             before = np.append(self.value, self.per_token)
-            self._evaluate(*self._improved(reach, found))
+            chosen, chances = self._problem.improved(reach, found, self.value, self.per_token)
+            self.value, self.per_token = self._problem.evaluated(chosen, chances)
             if np.abs(before - np.append(self.value, self.per_token)).max() < close * self.per_token:
                 break
         self._weigh()
@@ -318,58 +319,7 @@ class Planner:
 
     def _weigh(self) -> None:
         """What every shape is worth by the last solution."""
-        self._weights = self._worth()
+        self._weights = self._problem.worth(self.value, self.per_token)
         self._of_shared = None
         self._scores = self._weights.copy()
-        self._scores[:, 0] += self._seconds  # the chance that no draft or more hold is 1
-
-    def _improved(self, reach: Floats, found: Floats) -> tuple[NDArray[np.intp], Floats]:
-        """The best shapes (N, k+1) for n = 0..k drafts at hand, and the chances (N, k+1, k+1) that they go by.
-
-        With n drafts of a block up to n may be verified; or those of the text itself, which are there with any n.
-        """
-        worth = self._worth().T
-        scores = reach @ worth
-        scores += self._seconds  # (N, L)
-        spans = zip(self.shapes.starts, self.shapes.ends, strict=True)
-        best = np.stack([scores[:, start:end].argmin(1) + start for start, end in spans], 1)
-        least = np.take_along_axis(scores, best, 1)
-        lower = np.minimum.accumulate(least, 1)
-        at = np.maximum.accumulate(np.where(least == lower, np.arange(self.masks + 1), 0), 1)
-        best, chances = np.take_along_axis(best, at, 1), np.repeat(reach[:, None], self.masks + 1, 1)
-        if (rows := found[:, 1].nonzero()[0]).size:
-            of_text = found[rows] @ worth
-            of_text += self._seconds
-            other = of_text.argmin(1)[:, None]
-            instead = np.take_along_axis(of_text, other, 1) < lower[rows]
-            best[rows] = np.where(instead, other, best[rows])
-            chances[rows] = np.where(instead[..., None], found[rows, None], chances[rows])
-        return best, chances
-
-    def _evaluate(self, chosen: NDArray[np.intp], chances: Floats) -> None:
-        """Seconds per token and what drafts are worth if these shapes (N, k+1) are taken with n = 0..k at hand."""
-        states = self.masks + 1
-        held = chances * self.shapes.there[chosen]  # (N, k+1, k+1): that the first r drafts hold and were verified
-        exactly = held.copy()
-        exactly[..., :-1] -= held[..., 1:]
-        left = self.shapes.blocks[chosen]  # drafts at hand then
-        seconds = (self._seconds[chosen] + (exactly * self.drafting[left]).sum(-1)).mean(0)
-        tokens = held.sum(-1).mean(0)
-        cells = np.arange(states)[:, None] * states + left
-        moves = np.bincount(cells.ravel(), exactly.ravel(), states**2).reshape(states, states) / len(chosen)
-        # h = seconds - per_token · tokens + moves · h with h(0) = 0, of which per_token takes the place.
-        unknown = np.eye(states) - (1 - ENDS) * moves
-        unknown[:, 0] = tokens
-        self.per_token, *value = np.linalg.solve(unknown, seconds).tolist()
-        self.value = np.array([0.0, *value])
-
-    def _worth(self) -> Floats:
-        """(L, k+1): what S_r, the chance that the first r drafts hold, adds to a step's seconds by every shape.
-
-        Token r + 1 is worth `per_token`, and exactly r hold with chance S_r - S_{r+1}: that block's drafts remain.
-        """
-        left = np.take(self.value + self.drafting, self.shapes.blocks)
-        left[:, 1:] -= left[:, :-1].copy()
-        left -= self.per_token
-        left *= self.shapes.there
-        return left
+        self._scores[:, 0] += self._problem.seconds  # the chance that no draft or more hold is 1
