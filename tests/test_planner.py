@@ -14,7 +14,7 @@ from foretell.config import DecodeConfig
 from foretell.decoding import costs as costs_module
 from foretell.decoding.calibration import Calibration, Experience, log_odds
 from foretell.decoding.costs import Costs, costs, interpolated, masked_layout
-from foretell.decoding.planner import Planner
+from foretell.decoding.planner import SETTLED, SOLVE_EVERY, TEXTS, Planner
 from foretell.decoding.shapes import shapes
 from foretell.decoding.strategies import Adaptive, Running
 from foretell.evaluation.acceptance_profiles import named_profile
@@ -326,3 +326,20 @@ def test_plans_must_beat_plain_steps_that_nobody_plans() -> None:
     planner.solve()
     (after,) = planner.layouts([[1.0]], [1000])
     assert before.masks and after == plain() and planner.gain < 0
+
+
+def test_where_texts_are_of_a_kind_the_next_one_is_not_solved_for_as_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    planner = Planner(noisy_costs(4, COSTS["1B"], 0.0, np.random.default_rng(0)), Experience(4))
+    planner.solve()
+    solutions: list[int] = []
+    monkeypatch.setattr(planner, "solve", lambda: solutions.append(0))
+
+    def first_solution(pays: bool) -> int:
+        """The step before which a new text, behind one in which masks paid or not, is first solved for."""
+        planner._paid = pays
+        planner.begin_text()
+        before = len(solutions)
+        return next(step for step in range(99) if planner.layouts([[1.0]], [1000]) and len(solutions) > before)
+
+    found = [first_solution(pays) for pays in [True] * (TEXTS + 2) + [False, True]]
+    assert found == [SETTLED] * (TEXTS - 1) + [SOLVE_EVERY[0]] * 3 + [SETTLED] * 2

@@ -68,6 +68,7 @@ class Planner:
         self._solved = False
         self._hangs_masks, self._pays = False, True
         self._began_with, self._paid, self._in_vain = 1, True, 0  # sequences, while most were there, beginnings
+        self._alike, self._paid_before = 0, True  # texts in a row in which masks paid, or did not
         self._without_masks, self._probe_every = 0, PROBE_EVERY[0]
         self._until_solution, self._solve_every = 0, SOLVE_EVERY[0]
 
@@ -190,12 +191,16 @@ class Planner:
         """A new text, or a batch of them, may be of another kind: try masks at once if plain decoding seems best; after
         some texts in which it did to their end, only at one of so many such beginnings."""
         self._in_vain = 0 if self._paid else self._in_vain + 1
+        self._alike, self._paid_before = self._alike + 1 if self._paid == self._paid_before else 0, self._paid
         self._began_with = self.sequences
         if self.sequences == 1 or not (self._solved and self._paid):
             self._solve_every = max(SOLVE_BATCH_EVERY, SOLVE_EVERY[0] // self.sequences)
         if self.sequences == 1 and self._solved:
-            # Soon, then not so soon: earlier texts have told most of it, and many texts are short.
+            # Soon, then not so soon: earlier texts have told most of it, and many texts are short; not so soon either
+            # where the last ones were of a kind.
             self._until_solution, self._solve_every = SETTLED, 2 * SOLVE_EVERY[0]
+            if self._alike >= TEXTS:
+                self._until_solution, self._solve_every = SOLVE_EVERY
         self._probe_every = PROBE_EVERY[0]
         self.probe_soon()
         if self._in_vain * self.sequences >= TEXTS and self._in_vain % TEXTS:
