@@ -77,6 +77,11 @@ class Calibration:
         """Of drafts with these log-odds (n,) the first `held` held, and the next, if there is one, did not."""
         self._news.append((logits, held, evidence))
 
+    @property
+    def untaught(self) -> int:
+        """Blocks decided since learning last."""
+        return len(self._news)
+
     def learn(self) -> None:
         """From all blocks decided since the last time."""
         blocks, self._news = self._news, []

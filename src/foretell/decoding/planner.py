@@ -27,6 +27,7 @@ PROBE_EVERY = (8, 256)  # steps without masks before some are tried again, `PROB
 PROBE_RARER = 8
 PROBE_MASKS, FEWEST_PROBED = 4, 2  # the first drafts tell most
 TOO_LATE = 8  # tokens that a text may still get in which nothing is tried any more
+UNTAUGHT = 16  # blocks of the text's own drafts that it takes at rest to learn from them
 PAYS = 0.93  # plain steps that a token must cost less than for anything else to be worth its trouble
 SETTLED = 2  # steps after which the fate of what was tried is known
 TEXTS = 4  # in a row in which nothing paid, after which only one of so many begins with masks
@@ -214,7 +215,7 @@ class Planner:
         if self._without_masks + 1 >= self._probe_every and remaining > TOO_LATE:
             return False
         self._without_masks += 1
-        if self._without_masks % SOLVE_EVERY[1] == 0:
+        if self.experience.lookup.untaught >= UNTAUGHT:
             self.experience.lookup.learn()
         return True
 
