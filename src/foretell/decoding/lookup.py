@@ -45,7 +45,7 @@ class Looks:
     """
 
     def __init__(self) -> None:
-        # Of the latest looks; `tokens` of a first guess.
+        # What the latest looks gained, to begin with by a guess, and took.
         self._tokens, self._seconds = FIRST_GUESS, 0.0
         self._passed_over = 0
 
@@ -61,6 +61,7 @@ class Looks:
         return self._passed_over % SELDOM == 0
 
     def looked(self, seconds: float) -> None:
+        """A look took so long."""
         self._tokens *= FADES
         self._seconds = FADES * self._seconds + seconds
 
