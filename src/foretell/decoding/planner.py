@@ -199,9 +199,8 @@ class Planner:
         if self.sequences == 1 and self._solved:
             # Soon, then not so soon: earlier texts have told most of it, and many texts are short; not so soon either
             # where the last ones were of a kind.
-            self._until_solution, self._solve_every = SETTLED, 2 * SOLVE_EVERY[0]
-            if self._alike >= TEXTS:
-                self._until_solution, self._solve_every = SOLVE_EVERY
+            soon = SETTLED, 2 * SOLVE_EVERY[0]
+            self._until_solution, self._solve_every = SOLVE_EVERY if self._alike >= TEXTS else soon
         self._probe_every = PROBE_EVERY[0]
         self.probe_soon()
         if self._in_vain * self.sequences >= TEXTS and self._in_vain % TEXTS:

@@ -11,7 +11,7 @@ import numpy as np
 from foretell.decoding.calibration import Floats
 from foretell.layout import Block, Layout
 
-NEVER = 1e6  # seconds
+NEVER = 1e6  # seconds, of a layout that a sequence can't take
 SIZES = {False: 4, True: 2}  # parts of k masks that blocks come in, for one sequence and for several
 
 

@@ -271,8 +271,7 @@ class Adaptive:
         return [] if best is None else best.drafts, instead
 
     def _found(self, row: Running, promise: float = 1.0) -> OpenBlock | None:
-        """The text's own drafts; None if there are none, or the first is too unlikely for more than so many tokens to
-        come of them, or to pay for a row. Mostly it is, and then the rest is spared."""
+        """The text's own drafts, where looking for them is due; None if there are none worth considering."""
         looks, block = self.experience.looks, None
         if self.lookup and looks.due(self._worth_of_token()):
             begin = time.perf_counter()
@@ -282,6 +281,8 @@ class Adaptive:
         return block
 
     def _find(self, row: Running, promise: float) -> OpenBlock | None:
+        """None also if the first is too unlikely for more than so many tokens to come of them, or to pay for a row:
+        mostly it is, and then the rest is spared."""
         found = self._text(row).find(row.text, min(self.experience.masks, row.remaining - 1))
         if not found.drafts:
             return None
