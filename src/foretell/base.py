@@ -22,6 +22,7 @@ from foretell.lean import LeanSteps, make_of
 from foretell.mapped import give_back, separate
 from foretell.packed import PackedLinear, pack, why_not
 from foretell.packed_rows import PackedEmbedding, round_rows_of, rows_of
+from foretell.streamed import StreamedWeight
 
 CONFIG_FILE = "foretell.json"  # of a model of ours
 LARGE_UNEMBEDDING = 2**24  # bytes, from which it is not there twice: rows take longer to read out of oneDNN's blocks
@@ -118,6 +119,8 @@ class Base(nn.Module):
             rows = rows_of(head.product.tensors[0], head.kept)
         elif head.product.way == "halves":
             rows = round_rows_of(head.kept)
+        elif isinstance(head.product.weight, StreamedWeight):
+            rows = head.product.weight.rows
         if rows is None:
             return
         tied, head.read = embedding.weight is head.kept, rows

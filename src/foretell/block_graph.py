@@ -69,7 +69,7 @@ class Parts:
     @cached_property
     def low(self) -> list[FusedLowRank]:
         """The low-rank terms. Raises ForetellError for an adapter in training."""
-        fused = [term.fused.in_graph() for term in self.terms if term.fused is not None]
+        fused = [term.fused.in_graph() for term in self.terms if isinstance(term.fused, FusedLowRank)]
         if len(fused) < len(self.terms):
             raise ForetellError("its adapter is being trained")
         return fused

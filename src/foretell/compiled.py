@@ -21,7 +21,7 @@ from foretell.base import Base
 from foretell.block_graph import Call, Parts, tensors_of, trace_block
 from foretell.errors import ForetellError
 from foretell.gated_lora import GatedLoRA
-from foretell.packed import PackedLinear, ways
+from foretell.packed import AS_TENSORS, PackedLinear, ways
 
 
 class Form(NamedTuple):
@@ -92,9 +92,9 @@ class CompiledSteps:
         self.compiled_now: CompiledNow | None = None
         self.base, self.adapter = base, adapter
         linears = (module for module in base.blocks.modules() if isinstance(module, PackedLinear))
-        if halves := [linear.product for linear in linears if linear.product.way == "halves"]:
+        if no_tensors := [linear.product for linear in linears if linear.product.way not in AS_TENSORS]:
             adapter.forget_terms()  # made for them
-            for product in halves:
+            for product in no_tensors:
                 product.to_tensors()
         self.blocks = [
             CompiledBlock(number, self, Parts(block, adapter.of_block(number)))

@@ -23,6 +23,7 @@ from foretell.fused_lora import FusedLowRank
 from foretell.layout import RECURRING
 from foretell.mapped import give_back
 from foretell.packed import PackedLinear, PackedProduct
+from foretell.streamed import Gate, StreamedLowRank, StreamedWeight
 
 KINDS = 64  # of steps that are remembered
 PATIENCE = 3  # forwards without masks before the hooks are taken off: putting them on and off costs as much as that
@@ -66,13 +67,24 @@ class Added:
         self.product.added.remove(self.add)
 
 
+class Inside:
+    """Low-rank terms that a streamed weight adds itself, until `remove`."""
+
+    def __init__(self, weight: StreamedWeight, low_rank: StreamedLowRank, gate: Gate) -> None:
+        self.weight = weight
+        weight.low_rank = low_rank, gate
+
+    def remove(self) -> None:
+        self.weight.low_rank = None
+
+
 class Term(NamedTuple):
     """What acts on a module, or on all adapted linears of a packed product."""
 
     name: str  # of the first module, in the base's blocks
     site: nn.Module | PackedProduct
     adapter: LowRank  # of the first module
-    fused: FusedLowRank | None = None  # once nothing is trained any more
+    fused: FusedLowRank | StreamedLowRank | None = None  # once nothing is trained any more
 
 
 class Target(NamedTuple):
@@ -173,7 +185,10 @@ class GatedLoRA(nn.Module):
         if self._handles:
             return
         for _, site, adapter, fused in self.terms:
-            if isinstance(site, PackedProduct) and fused is not None:
+            if isinstance(fused, StreamedLowRank):
+                weight = cast(PackedProduct, site).weight
+                self._handles.append(Inside(cast(StreamedWeight, weight), fused, self._gate))
+            elif isinstance(site, PackedProduct) and fused is not None:
                 self._handles.append(Added(site, self._adding(fused)))
             elif isinstance(site, nn.Module):
                 self._handles.append(site.register_forward_hook(self._hook(adapter, fused)))
@@ -201,7 +216,19 @@ class GatedLoRA(nn.Module):
             dtype = product.arithmetic
             matrices = {index: (adapter.a.to(dtype), adapter.b.to(dtype)) for index, _, adapter in own}
             _, name, adapter = own[0]
-            yield Term(name, product, adapter, FusedLowRank(product.sizes, matrices, self.scale, product))
+            inside = None
+            if isinstance(product.weight, StreamedWeight):
+                inside = StreamedLowRank.of(product.sizes, matrices, self.scale)
+            yield Term(name, product, adapter, inside or FusedLowRank(product.sizes, matrices, self.scale, product))
+
+    def _gate(self, rows: int) -> tuple[int, int] | None:
+        """For so many rows: see `streamed.Gate`. Raises ForetellError unless they are those of whole steps."""
+        regular = self._regular
+        if regular is None:
+            return None
+        if rows % self._width:
+            raise ForetellError(f"an adapted layer got {rows} rows, not a whole number of {self._width}-row steps")
+        return regular, self._width
 
     def _adding(self, fused: FusedLowRank) -> Callable[[Tensor, Tensor], None]:
         adders = fused.adders

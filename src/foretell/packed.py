@@ -21,11 +21,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from foretell import half_weights
+from foretell import half_weights, streamed
 from foretell.errors import ForetellError
 from foretell.half_weights import HalfWeight, scale_of
+from foretell.streamed import StreamedWeight
 
-Way = Literal["stored", "blocks", "halves"]
+Laid = Tensor | HalfWeight | StreamedWeight
+Way = Literal["stored", "blocks", "halves", "streamed"]
+AS_TENSORS: tuple[Way, ...] = ("stored", "blocks")
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
 # A product of a few rows takes 25 to 35 microseconds in the midst of a step, however small it is. Other rows below a
 # weight cost every step what it takes to read them; below a large weight they cost more than their share.
@@ -63,9 +66,10 @@ def ways(dtype: torch.dtype) -> tuple[Way, ...]:
     A processor without instructions for them has no blocks either, and multiplies row by row.
     """
     halves: tuple[Way, ...] = ("halves",) if half_weights.available() else ()
+    streams: tuple[Way, ...] = ("streamed",) if streamed.available() else ()
     if dtype == torch.float32:
-        return "stored", "blocks", *halves
-    return ("blocks",) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else ("stored", *halves)
+        return "stored", "blocks", *halves, *streams
+    return ("blocks", *streams) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else ("stored", *halves, *streams)
 
 
 def fastest(d_out: int, d_in: int, dtype: torch.dtype) -> tuple[Way, ...]:
@@ -79,29 +83,31 @@ def fastest(d_out: int, d_in: int, dtype: torch.dtype) -> tuple[Way, ...]:
 
 def pays(d_out: int, d_in: int, dtype: torch.dtype) -> bool:
     """Whether a weight (d_out, d_in) is multiplied faster in oneDNN's blocks than as stored."""
-    return next(way for way in fastest(d_out, d_in, dtype) if way != "halves") == "blocks"
+    return next(way for way in fastest(d_out, d_in, dtype) if way in AS_TENSORS) == "blocks"
 
 
-def laid_out(
-    weights: Sequence[Tensor], bias: Tensor | None, way: Way, kept: bool = False
-) -> Tensor | HalfWeight | None:
+def laid_out(weights: Sequence[Tensor], bias: Tensor | None, way: Way, kept: bool = False) -> Laid | None:
     """Weights (d_out, d_in) one below the other as they lie then, None if they can't.
 
-    A `HalfWeight` has the bias in it. In memory of their own, unless a single one is `kept` as it is stored.
+    What is no tensor has the bias in it. In memory of their own, unless a single one is `kept` as it is stored.
     """
     whole = torch.cat([weight.detach() for weight in weights]) if len(weights) > 1 else weights[0].detach()
     if way == "halves":
         scale = scale_of(whole)
         return None if scale is None else HalfWeight(whole, bias, scale)
+    if way == "streamed":
+        return StreamedWeight(whole, bias) if streamed.fits(whole) else None
     if way == "blocks":
         return reorder(whole)
     return whole if kept or len(weights) > 1 else whole.clone()
 
 
-def multiply(x: Tensor, weight: Tensor | HalfWeight, bias: Tensor | None, way: Way) -> Tensor:
+def multiply(x: Tensor, weight: Laid, bias: Tensor | None, way: Way) -> Tensor:
     """x (..., d_in) -> x W^T + bias (..., d_out) for W as `laid_out` made it; of a `HalfWeight` in float32."""
     if isinstance(weight, HalfWeight):
         return weight.multiply(x.float())
+    if isinstance(weight, StreamedWeight):
+        return weight.multiply(x)
     return (product if way == "blocks" else F.linear)(x, weight, bias)  # tracing, blocks don't show
 
 
@@ -159,7 +165,7 @@ class PackedProduct:
 
     def to_tensors(self) -> None:
         """The weights lie in a tensor from here on, as compiled code wants them. What was joined to them is gone."""
-        if self.way == "halves":
+        if self.way not in AS_TENSORS:
             weights, biases = self.weights, self.biases
             self.bias = None if biases is None else torch.cat(biases)
             self.joined, self._joined_by = 0, None
@@ -170,10 +176,10 @@ class PackedProduct:
     def tensors(self) -> list[Tensor]:
         """The weight as it is multiplied and, if there is one, the bias.
 
-        Raises ForetellError where it lies in halves.
+        Raises ForetellError where it is no tensor.
         """
-        if isinstance(self.weight, HalfWeight):
-            raise ForetellError("its weights lie in 16 bits each, which is no tensor")
+        if not isinstance(self.weight, Tensor):
+            raise ForetellError(f"its weights are {self.way}, which is no tensor")
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
     @tensors.setter
@@ -198,6 +204,8 @@ class PackedProduct:
         True if they are there, as long as `by` lives; False, and nothing changes, where a product of their own costs
         less or another's rows are there.
         """
+        if isinstance(self.weight, StreamedWeight):
+            return False  # a product of a few rows more costs hardly a call
         small = rows.numel() * rows.element_size() <= JOINED_BYTES and self.weight.numel() <= JOINS_NUMBERS
         if not small or rows.dtype != self.arithmetic or (self._joined_by is not None and self._joined_by()):
             return False

@@ -256,7 +256,7 @@ def adapter_seconds(model: MTPModel, masks: int, context: int, rounds: int) -> f
 def held_bytes(base: Base) -> int:
     """What its weights take in memory now; of those that are mapped, the pages that were read."""
     linears = [m for m in base.modules() if isinstance(m, PackedLinear)]
-    bytes_each = {"halves": 2}  # of a number
+    bytes_each = {"halves": 2, "streamed": 2}  # of a number
     packed = sum(
         m.in_features * m.out_features * bytes_each.get(m.product.way, base.dtype.itemsize)
         for m in linears
