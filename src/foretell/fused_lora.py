@@ -100,7 +100,7 @@ def layings(places: tuple[Place, ...], device: torch.device, dtype: torch.dtype)
     """How B's may lie: in all ways of a packed weight that are tensors, as compiled code wants them."""
     if packed.why_not(device, dtype) is not None:
         return (("stored", False),)
-    ways = [way for way in packed.ways(dtype) if way != "halves"]
+    ways = [way for way in packed.ways(dtype) if way in packed.AS_TENSORS]
     diagonals = (False, True) if len(places) > 1 and math.prod(whole(places)) <= DIAGONAL else (False,)
     return tuple(pairs(ways, diagonals))
 

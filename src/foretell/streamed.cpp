@@ -283,7 +283,9 @@ void foretell_product(const void* x, long half, long rows, long d_in, const void
   const LowRank* with = a ? &low : nullptr;
   const Weight whole = laid_out(weight, d_in);
   const Rows to{out, half != 0, d_out};
-  const void* ordered = rows == 1 && d_in % 2 == 0 ? x : nullptr;  // a single row is in order as it is
+  if (rows == 0) return;
+  // A single row is in order as it is.
+  const void* ordered = rows == 1 && d_in % 2 == 0 && reinterpret_cast<uintptr_t>(x) % 4 == 0 ? x : nullptr;
   if (!half) {
     const auto get = [=](long row, long column) {
       return column < d_in ? static_cast<const float*>(x)[row * d_in + column] : 0.0f;

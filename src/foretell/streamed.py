@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from foretell import native
 
+DTYPES = torch.float32, torch.bfloat16
 CHECKED = 1024  # rows at a time
 # Of so many rows, which are low-rank ones: of every `width` those from `first` on; None while it is closed.
 Gate = Callable[[int], tuple[int, int] | None]
@@ -44,11 +45,13 @@ class StreamedWeight:
 
     def multiply(self, x: Tensor) -> Tensor:
         """x (..., d_in) float32 or bfloat16 -> x W^T + bias (..., d_out), and what low-rank rows get beyond while
-        their gate is open."""
+        their gate is open. Raises ValueError for other rows."""
         library = native.library()
         assert library is not None
-        rows, (d_out, d_in) = x.numel() // x.shape[-1], self.shape
-        x = x.contiguous()
+        d_out, d_in = self.shape
+        if x.shape[-1] != d_in or x.dtype not in DTYPES:
+            raise ValueError(f"a weight ({d_out}, {d_in}) is not for rows {tuple(x.shape)} of {x.dtype}")
+        rows, x = x.numel() // d_in, x.contiguous()
         out = x.new_empty((*x.shape[:-1], d_out))
         bias = None if self.bias is None else self.bias.data_ptr()
         given = x.data_ptr(), x.dtype == torch.bfloat16, rows, d_in, self.tiles.data_ptr(), bias, out.data_ptr(), d_out
