@@ -71,11 +71,11 @@ class Inside:
     """Low-rank terms that a streamed weight adds itself, until `remove`."""
 
     def __init__(self, weight: StreamedWeight, low_rank: StreamedLowRank, gate: Gate) -> None:
-        self.weight = weight
-        weight.low_rank = low_rank, gate
+        self.weight, self.own = weight, (low_rank, gate)
+        weight.low_rank.append(self.own)
 
     def remove(self) -> None:
-        self.weight.low_rank = None
+        self.weight.low_rank.remove(self.own)
 
 
 class Term(NamedTuple):

@@ -41,7 +41,7 @@ class StreamedWeight:
         self.tiles = _in_tiles(weight.detach(), library.foretell_lanes())
         lost = -weight.shape[0] % library.foretell_lanes()
         self.bias = None if bias is None else F.pad(bias.detach().float(), (0, lost))
-        self.low_rank: tuple[StreamedLowRank, Gate] | None = None
+        self.low_rank: list[tuple[StreamedLowRank, Gate]] = []  # of adapters, one of which is open at a time
 
     def multiply(self, x: Tensor) -> Tensor:
         """x (..., d_in) float32 or bfloat16 -> x W^T + bias (..., d_out), and what low-rank rows get beyond while
@@ -55,24 +55,24 @@ class StreamedWeight:
         out = x.new_empty((*x.shape[:-1], d_out))
         bias = None if self.bias is None else self.bias.data_ptr()
         given = x.data_ptr(), x.dtype == torch.bfloat16, rows, d_in, self.tiles.data_ptr(), bias, out.data_ptr(), d_out
-        low, gate = self.low_rank or (None, None)
-        opened = None if gate is None else gate(rows)
-        if low is None or opened is None:
-            library.foretell_product(*given, None, None, 0, 0, 1, 0.0)
-        else:
-            library.foretell_product(*given, low.a.data_ptr(), low.b.data_ptr(), low.rank, *opened, low.scale)
+        for low, gate in self.low_rank:
+            if (opened := gate(rows)) is not None:
+                library.foretell_product(*given, low.a.data_ptr(), low.b.data_ptr(), low.rank, *opened, low.scale)
+                return out
+        library.foretell_product(*given, None, None, 0, 0, 1, 0.0)
         return out
 
     def to_dense(self) -> Tensor:
         """(d_out, d_in), as it was given."""
         d_out, d_in = self.shape
-        numbers = self.tiles.transpose(1, 2).reshape(-1, self.tiles.shape[1]).view(torch.bfloat16)
+        numbers = self.tiles.transpose(1, 2).flatten(0, 1).contiguous().view(torch.bfloat16)
         return numbers[:d_out, :d_in].to(self.dtype)
 
     def rows(self, ids: Tensor) -> Tensor:
         """ids (...,) int64 -> those rows of the weight, (..., d_in), as an embedding gives them."""
         lanes = self.tiles.shape[2]
-        return self.tiles[ids // lanes, :, ids % lanes].view(torch.bfloat16)[..., : self.shape[1]].to(self.dtype)
+        numbers = self.tiles[ids // lanes, :, ids % lanes].contiguous().view(torch.bfloat16)
+        return numbers[..., : self.shape[1]].to(self.dtype)
 
     def numel(self) -> int:
         return self.shape.numel()
@@ -109,4 +109,4 @@ def _in_tiles(weight: Tensor, lanes: int) -> Tensor:
     """weight (d_out, d_in) -> (tiles, pairs of d_in, lanes) int32, each of which is two bfloat16 numbers of a row."""
     d_out, d_in = weight.shape
     padded = F.pad(weight.bfloat16(), (0, d_in % 2, 0, -d_out % lanes))
-    return padded.view(torch.int32).unflatten(0, (-1, lanes)).transpose(1, 2).contiguous()
+    return padded.contiguous().view(torch.int32).unflatten(0, (-1, lanes)).transpose(1, 2).contiguous()

@@ -1,0 +1,290 @@
+"""Weights that are streamed: the products of a plain reference, rows that don't hang on each other, the same text."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from foretell import base as base_module
+from foretell import native, packed, streamed
+from foretell.base import Base
+from foretell.config import STRATEGIES, MTPConfig
+from foretell.decoding.cache import StaticCache
+from foretell.decoding.compiling import compile_steps
+from foretell.decoding.generate import MTPForCausalLM
+from foretell.errors import ForetellError
+from foretell.fused_lora import FusedLowRank
+from foretell.gated_lora import LowRank
+from foretell.layout import linear, plain, quadratic
+from foretell.lean import make_of
+from foretell.packed import PackedLinear, PackedProduct
+from foretell.packed_rows import PackedEmbedding
+from foretell.streamed import StreamedLowRank, StreamedWeight
+
+from .decoded import decode
+from .lying import in_16_bits, lying
+from .models import CONFIGS, random_prompt, reference, tiny_lm
+from .test_lean import LEAN, step
+
+pytestmark = pytest.mark.skipif(not streamed.available(), reason=f"no kernel: {native.why_not()}")
+DTYPES = torch.float32, torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    lying("streamed", monkeypatch)
+
+
+def near(dtype: torch.dtype) -> dict[str, float]:
+    return {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2.0**-7, "atol": 2e-2}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 3), (16, 2), (100, 37), (129, 64), (576, 192), (40, 5000)])
+@pytest.mark.parametrize("rows", [0, 1, 2, 5, 12, 13, 24, 27, 29, 100])
+def test_products_are_those_of_the_reference(shape: tuple[int, int], rows: int, bias: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(rows)
+    weight = (torch.randn(shape) / shape[1] ** 0.5).bfloat16().to(dtype)
+    added = torch.randn(shape[0]).to(dtype) if bias else None
+    x = torch.randn(rows, shape[1]).to(dtype)
+    found = StreamedWeight(weight, added).multiply(x)
+    expected = x.double() @ weight.double().t() + (0.0 if added is None else added.double())
+    torch.testing.assert_close(found.double(), expected, **near(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_has_the_same_bits_in_any_company(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight, x = StreamedWeight(torch.randn(200, 300).bfloat16().to(dtype)), torch.randn(80, 300).to(dtype)
+    alone = torch.cat([weight.multiply(row[None]) for row in x])
+    for count in (2, 6, 7, 12, 13, 25, 28, 29, 57, 80):
+        assert torch.equal(weight.multiply(x[:count]), alone[:count]), count
+
+
+@pytest.mark.parametrize("shape", [(64,), (1, 64), (3, 64), (2, 5, 64), (0, 64), (2, 2, 3, 64)])
+def test_rows_of_any_shape_and_stride_are_multiplied(shape: tuple[int, ...]) -> None:
+    weight = torch.randn(40, 64).bfloat16().float()
+    laid, x = StreamedWeight(weight), torch.randn(*shape, 2)
+    for given in (x[..., 0], x[..., 0].contiguous()):
+        torch.testing.assert_close(laid.multiply(given), given @ weight.t(), **near(torch.float32))
+    odd = torch.randn(65).bfloat16()[1:]  # not where pairs of numbers begin
+    torch.testing.assert_close(laid.multiply(odd.float()).bfloat16(), StreamedWeight(weight.bfloat16()).multiply(odd))
+
+
+def test_rows_that_do_not_fit_are_refused() -> None:
+    laid = StreamedWeight(torch.ones(4, 6))
+    for x in (torch.ones(2, 5), torch.ones(2, 6, dtype=torch.float64), torch.ones(2, 6, dtype=torch.float16)):
+        with pytest.raises(ValueError, match="not for rows"):
+            laid.multiply(x)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e-40, 3.4e38])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_numbers_at_the_ends_of_the_range(value: float, dtype: torch.dtype) -> None:
+    x = torch.tensor([[value, 0.0]], dtype=dtype)
+    found = StreamedWeight(torch.eye(2, dtype=dtype)).multiply(x)
+    expected = x @ torch.eye(2, dtype=dtype)
+    torch.testing.assert_close(found, expected, equal_nan=True, atol=1e-38, rtol=0.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 2), (40, 64), (33, 7)])
+def test_no_number_is_changed(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight = torch.randn(shape).bfloat16().to(dtype)
+    laid = StreamedWeight(weight)
+    assert torch.equal(laid.to_dense(), weight) and laid.numel() == weight.numel()
+    ids = torch.tensor([[0, shape[0] - 1], [shape[0] // 2, 0]])
+    assert torch.equal(laid.rows(ids), weight[ids]) and torch.equal(laid.rows(ids[0, 0]), weight[0])
+    assert torch.equal(copy.deepcopy(laid).to_dense(), weight)
+
+
+def test_weights_that_need_more_bits_lie_otherwise() -> None:
+    weight = torch.full((3, 16), 1 + 2.0**-20)
+    assert not streamed.fits(weight) and packed.laid_out([weight], None, "streamed") is None
+    product = PackedProduct([weight], [None])
+    assert product.way in packed.AS_TENSORS and torch.equal(product.weights[0], weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "regular", "masks"), [(1, 2, 4), (3, 1, 5), (2, 0, 3), (1, 30, 30)])
+def test_low_rank_rows_get_what_their_adapters_make(batch: int, regular: int, masks: int, dtype: torch.dtype) -> None:
+    """Of three linears of one product the first and the last are adapted; the other rows keep every bit."""
+    torch.manual_seed(0)
+    linears = [in_16_bits(nn.Linear(16, size)).to(dtype) for size in (24, 8, 40)]
+    adapters = {number: LowRank(16, len(linears[number].weight), rank, 0.5) for number, rank in ((0, 5), (2, 3))}
+    for adapter in adapters.values():
+        nn.init.normal_(adapter.b)
+        in_16_bits(adapter).to(dtype)
+    product = PackedProduct([one.weight for one in linears], [one.bias for one in linears])
+    assert isinstance(product.weight, StreamedWeight) and not product.join(torch.ones(3, 16, dtype=dtype), product)
+    low = StreamedLowRank.of(product.sizes, {n: (a.a, a.b) for n, a in adapters.items()}, 0.5)
+    assert low is not None
+    opened: list[tuple[int, int] | None] = [None]
+    x, width = torch.randn(batch, regular + masks, 16).to(dtype), regular + masks
+    with torch.inference_mode():
+        without = product.make(x)
+        product.weight.low_rank.append((low, lambda rows: opened[0]))
+        assert torch.equal(product.make(x), without)  # the gate is closed
+        opened[0] = regular, width
+        found = product.make(x)
+        exact = x.double()
+        terms = [adapters[0].double()(exact), exact.new_zeros(*x.shape[:2], 8), adapters[2].double()(exact)]
+    assert torch.equal(found[:, :regular], without[:, :regular])
+    expected = without.double() + torch.cat(terms, -1)
+    torch.testing.assert_close(found[:, regular:].double(), expected[:, regular:], **near(dtype))
+
+
+def test_low_rank_numbers_that_need_more_bits_are_added_behind() -> None:
+    base = Base(in_16_bits(tiny_lm("llama")))
+    base.pack(lambda: in_16_bits(tiny_lm("llama")))
+    model = MTPForCausalLM(base, MTPConfig(masks=3, rank=4, alpha=8.0), check=False)
+    for adapter in model.adapter.adapters.values():
+        nn.init.normal_(adapter.b, std=0.3)
+    model.for_inference()
+    assert {type(term.fused) for term in model.adapter.terms} == {FusedLowRank}
+    exact = latents(model)
+    in_16_bits(model.adapter)
+    model.adapter.forget_terms()
+    assert {type(term.fused) for term in model.adapter.terms} == {StreamedLowRank}
+    torch.testing.assert_close(latents(model), exact, atol=0.1, rtol=0.05)
+
+
+def model_of(name: str, dtype: torch.dtype = torch.float32, packs: bool = True) -> MTPForCausalLM:
+    base = Base(in_16_bits(tiny_lm(name)).to(dtype))
+    if packs:
+        base.pack(lambda: in_16_bits(tiny_lm(name)).to(dtype))
+    model = MTPForCausalLM(base, MTPConfig(masks=4, rank=4, alpha=8.0))
+    torch.manual_seed(1)
+    for parameter in model.own_parameters().values():
+        nn.init.normal_(parameter, std=0.2)
+    in_16_bits(model.adapter)
+    return model.for_inference()  # type: ignore[return-value]
+
+
+def latents(model: MTPForCausalLM, batch: int = 1) -> Tensor:
+    cache = StaticCache(len(model.base.blocks), 40, batch)
+    with torch.inference_mode():
+        model.prefill(torch.cat([random_prompt(9, seed=row) for row in range(batch)]), cache)
+        cache.keep([9] * batch)
+        return model.step(torch.full((batch, 3), 7), [linear(2, 3)] * batch, cache, cache.lengths)
+
+
+def products(model: MTPForCausalLM) -> list[PackedProduct]:
+    linears = (module for module in model.base.lm.modules() if isinstance(module, PackedLinear))
+    return list(dict.fromkeys(linear.product for linear in linears))
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_every_architecture_writes_what_it_wrote_before(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base_module, "LARGE_UNEMBEDDING", 0)
+    model = model_of(name)
+    assert {product.way for product in products(model)} == {"streamed"}
+    kinds = [type(module) for module in model.base.lm.modules()]
+    assert (PackedEmbedding in kinds) == bool(model.base.text_config.tie_word_embeddings)
+    assert isinstance(model.base.head, PackedLinear) and model.base.head.kept is None
+    prompts = [random_prompt(length, seed=length) for length in (3, 33)]
+    expected = [reference(in_16_bits(tiny_lm(name)), prompt, 40) for prompt in prompts]
+    for strategy in STRATEGIES:
+        assert decode(model, prompts, strategy, 40, replayed=expected).texts == expected, strategy
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_streamed_base_is_adapted_as_one_that_is_not_packed(name: str, batch: int) -> None:
+    model, whole = model_of(name), model_of(name, packs=False)
+    sites = [term for term in model.adapter.terms if isinstance(term.site, PackedProduct)]
+    assert {type(term.fused) for term in sites} <= {StreamedLowRank}
+    torch.testing.assert_close(latents(model, batch), latents(whole, batch), atol=2e-4, rtol=1e-3)
+    model.adapter.remove()
+    assert not any(product.weight.low_rank for product in products(model) if isinstance(product.weight, StreamedWeight))
+
+
+def test_two_adapters_share_a_base_and_leave_it() -> None:
+    first = model_of("llama")
+    second = MTPForCausalLM(first.base, MTPConfig(masks=4, rank=4, alpha=8.0), check=False)
+    for adapter in second.adapter.adapters.values():
+        nn.init.normal_(in_16_bits(adapter).b, std=0.3)
+    in_16_bits(second.adapter)
+    second.for_inference()
+    expected, other = latents(first), latents(second)
+    assert not torch.allclose(expected[:, 3:], other[:, 3:], atol=1e-2)
+    assert torch.equal(latents(first), expected) and torch.equal(latents(second), other)
+    first.adapter.remove()
+    assert torch.equal(latents(second), other) and torch.equal(latents(first), expected)
+
+
+def test_an_adapter_refuses_rows_of_other_steps() -> None:
+    model = model_of("llama")
+    with pytest.raises(ForetellError, match="whole number of 5-row steps"), model.adapter.open(2, 5):
+        latents(model)  # behind a prompt of 9 rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", LEAN)
+def test_steps_are_lean(name: str, dtype: torch.dtype) -> None:
+    model = model_of(name, dtype)
+    assert {product.way for product in products(model)} == {"streamed"} and make_of(model.base) is not None
+    for layout in (plain(), plain(4), quadratic(3, 3)):
+        lean = step(model, layout, [40, 9])
+        with model.base.by_modules():
+            for one, other in zip(lean, step(model, layout, [40, 9]), strict=True):
+                assert torch.equal(one, other)
+
+
+def test_compiled_code_gets_tensors() -> None:
+    model, prompt = model_of("llama"), random_prompt(9)
+    with pytest.raises(ForetellError, match="no tensor"):
+        _ = products(model)[0].tensors
+    expected = [reference(in_16_bits(tiny_lm("llama")), prompt, 30)]
+    assert compile_steps(model) is None
+    for strategy in ("autoregressive", "quadratic"):
+        assert decode(model, [prompt], strategy, 30, replayed=expected).texts == expected
+
+
+@pytest.fixture
+def forgotten() -> Iterator[None]:
+    """What was loaded is loaded anew, and again after the test."""
+    for known in (native.library, native._loaded):
+        known.cache_clear()
+    yield
+    for known in (native.library, native._loaded):
+        known.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [("/no/such/compiler", "no C\\+\\+ compiler"), ("false", "could not make it"), ("true", "could not make it")],
+)
+def test_without_a_compiler_weights_lie_otherwise(
+    command: str, reason: str, forgotten: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", command)
+    assert native.library() is None
+    assert re.search(reason, str(native.why_not()))
+    assert "streamed" not in packed.ways(torch.float32) + packed.ways(torch.bfloat16)
+
+
+def test_it_is_compiled_once_for_all_processes(tmp_path: Path) -> None:
+    there = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    code = "from foretell import native; assert native.library() is not None, native.why_not()"
+    subprocess.run([sys.executable, "-c", code], check=True, env=there)
+    (made,) = (tmp_path / "foretell" / "native").iterdir()
+    before = made.stat()
+    subprocess.run([sys.executable, "-c", code], check=True, env=there)
+    assert [path.stat().st_mtime_ns for path in made.parent.iterdir()] == [before.st_mtime_ns]
+
+
+def test_another_openmp_is_not_let_in(monkeypatch: pytest.MonkeyPatch, forgotten: None) -> None:
+    seen = iter([{"/torch/libgomp.so.1"}, {"/torch/libgomp.so.1", "/usr/lib/libgomp.so.1"}])
+    monkeypatch.setattr(native, "_openmp", lambda: next(seen))
+    assert native.library() is None and "OpenMP" in str(native.why_not())
