@@ -60,6 +60,14 @@ class Looks:
         self._passed_over += 1
         return self._passed_over % SELDOM == 0
 
+    def idle(self, token: float) -> int:
+        """At how many of the next steps no look will be due."""
+        return 0 if self.pays(token) else SELDOM - 1 - self._passed_over % SELDOM
+
+    def pass_over(self, steps: int) -> None:
+        """At so many of them nobody asks."""
+        self._passed_over += steps
+
     def looked(self, seconds: float) -> None:
         """A look took so long."""
         self._tokens *= FADES

@@ -218,6 +218,12 @@ class Planner:
             self.experience.lookup.learn()
         return True
 
+    def rests_for(self, steps: int) -> int:
+        """Of so many steps behind one at which it rests, how many it will rest at, too; nobody asks at those."""
+        steps = max(0, min(steps, self._probe_every - 1 - self._without_masks))
+        self._without_masks += steps
+        return steps
+
     def _apart(self, remaining: int) -> bool:
         """Whether what pays may be another thing for as many sequences as there are now, one of which may still get so
         many tokens: fewer may gain what more did not, and more may lose what fewer gain."""

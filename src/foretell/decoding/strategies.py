@@ -99,6 +99,8 @@ class Adaptive:
     paused: bool = False
     rests: bool = False  # whether that is the planner's choice
     at_rest: int = 0  # steps
+    quiet: int = 0  # of those to come, how many need nothing asked: their number is what a small model feels
+    still: bool = False  # whether this is one of them
     listens: bool = False  # whether promising drafts of the text are looked for nevertheless
     planning: Planner | None = None  # who planned the last step
     made: int = 0  # drafts of the masks behind it
@@ -110,6 +112,10 @@ class Adaptive:
     foretold: int = 0  # times in a row that a watched one had said what the text foretold
 
     def layouts(self, running: Sequence[Running], refilled: bool = False) -> list[Layout]:
+        self.still = self.quiet > 0
+        if self.still:
+            self.quiet -= 1
+            return [plain()]
         self.planning = planner = self.planner(len(running))
         if refilled:
             self.batch = None
@@ -136,6 +142,7 @@ class Adaptive:
             self.open[row.sequence] = [block for block in blocks if block.follow(tokens)]
             self._count(row.sequence, blocks)
         if not row.remaining:  # others may take its place for hours
+            self.quiet = 0
             self.experience.ended(row.stopped)
             self._learn_worth(row.place)
             for kept in (self.open, self.reach, self.texts, self.taken):
@@ -143,9 +150,14 @@ class Adaptive:
 
     def drafted(self, running: Sequence[Running], drafts: Tensor, confidences: Tensor | None) -> Tensor:
         self.made = drafts.shape[1]
+        if self.still:
+            return drafts
         if self.paused:
-            own = self._listen(running[0]) if self.listens else []
-            return drafts.new_tensor([own]) if own else drafts
+            if own := self._listen(running[0]) if self.listens else []:
+                return drafts.new_tensor([own])
+            if self.rests and len(running) == 1:
+                self._be_quiet()
+            return drafts
         made: list[list[float]] = [[] for _ in running]
         sure = made
         if confidences is not None and drafts.device.type == "cpu":
@@ -207,6 +219,15 @@ class Adaptive:
             self.rests = False
             planner.wake()
         return False
+
+    def _be_quiet(self) -> None:
+        """At rest, of one sequence: the next steps, if they neither look for drafts nor try masks."""
+        if self.planning is None:
+            return
+        looks = self.experience.looks
+        self.quiet = self.planning.rests_for(looks.idle(self._worth_of_token()) if self.lookup else TIMED)
+        if self.lookup:
+            looks.pass_over(self.quiet)
 
     def _foretold(self, running: Sequence[Running]) -> bool:
         """Whether it is over because the text begins to foretell itself. One sequence a step is watched."""
