@@ -26,11 +26,17 @@ class Counted(Looks):
     paying: bool
     gains: list[tuple[int, float]] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        super().__init__()
+
     def pays(self, token: float) -> bool:
         return self.paying
 
     def due(self, token: float) -> bool:
         return True
+
+    def idle(self, token: float) -> int:
+        return 0
 
     def looked(self, seconds: float) -> None:
         assert seconds > 0
@@ -59,6 +65,20 @@ def test_one_looks_seldom_while_nothing_comes_of_it() -> None:
     assert share_of_looks(looks, 400, 20) > 0.8  # 100 µs a look, once the first was found
     share_of_looks(looks, 400, None)
     assert share_of_looks(looks, 4000, 400) < 0.5  # 5 µs a look
+
+
+def test_steps_until_the_next_look_are_known() -> None:
+    looks = Looks()
+    assert looks.idle(TOKEN) == 0 and looks.due(TOKEN)
+    looks.looked(1.0)  # never to be paid for
+    for asked in range(2 * SELDOM):
+        idle = looks.idle(TOKEN)
+        if asked % 3:
+            assert not any(looks.due(TOKEN) for _ in range(idle))
+        else:
+            looks.pass_over(idle)
+        assert looks.due(TOKEN)
+        assert not looks.due(TOKEN)
 
 
 def test_steps_that_take_longer_for_what_was_found_count_against_it() -> None:

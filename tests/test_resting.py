@@ -75,6 +75,30 @@ def test_what_a_trial_has_shown_counts_as_soon_as_it_is_known() -> None:
     assert strategy.layouts(rows)[0].masks and not strategy.paused
 
 
+@pytest.mark.parametrize("lookup", [False, True])
+def test_one_sequence_at_rest_goes_the_same_way_unasked(lookup: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most steps at rest ask nothing, and yet masks are tried when they would be."""
+    courses, asked = [], []
+    for quiet in (True, False):
+        strategy, planner = planless(0.02)
+        strategy.lookup = lookup
+        strategy.experience.looks.looked(math.inf)  # which no text's own drafts will be worth
+        calls: list[int] = []
+        rests = planner.rests
+
+        def counted(remaining: int, rests=rests, calls=calls) -> bool:  # type: ignore[no-untyped-def]
+            calls.append(remaining)
+            return rests(remaining)
+
+        monkeypatch.setattr(planner, "rests", counted)
+        if not quiet:
+            monkeypatch.setattr(strategy, "_be_quiet", lambda: None)
+        courses.append(course_of(strategy, planner, 400, 0.02, sequences=1))
+        asked.append(len(calls))
+    assert courses[0] == courses[1] and courses[0].count("masks") > 1
+    assert asked[0] < asked[1] / 2
+
+
 def test_one_sequence_rests_but_for_the_drafts_of_its_text(monkeypatch: pytest.MonkeyPatch) -> None:
     strategy, planner = planless(0.02)
     course_of(strategy, planner, 40, 0.02, sequences=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Sequence
 from itertools import groupby
 
@@ -19,6 +21,7 @@ FIRST_CLOSE, CLOSE = 0.01, 0.3  # tokens: a round that changes less is the last
 # Steps between solutions, doubling from the first to the last: of one sequence and, at least, of a batch, each step of
 # which tells as much as many of one.
 SOLVE_EVERY, SOLVE_BATCH_EVERY = (8, 32), 2
+SOLVING = 0.03  # of plain decoding's time, that solutions may take in a text like the last ones
 # A solution for so many times as many sequences, or as few, won't do, unless so few tokens are left. What becomes of
 # more than a few as some of them end is not worth a solution.
 APART, FEW, SHORT = 2, 4, 16
@@ -72,6 +75,7 @@ class Planner:
         self._alike, self._paid_before = 0, True  # texts in a row in which masks paid, or did not
         self._without_masks, self._probe_every = 0, PROBE_EVERY[0]
         self._until_solution, self._solve_every = 0, SOLVE_EVERY[0]
+        self._solving = math.inf  # seconds that a solution takes, at least
 
     def reprice(self, costs: Costs, plain: Floats) -> None:
         """From now on steps cost this, and plain ones (n,) of 1, 2, ... n sequences that, if n are decoded."""
@@ -200,11 +204,17 @@ class Planner:
             # Soon, then not so soon: earlier texts have told most of it, and many texts are short; not so soon either
             # where the last ones were of a kind.
             soon = SETTLED, 2 * SOLVE_EVERY[0]
-            self._until_solution, self._solve_every = SOLVE_EVERY if self._alike >= TEXTS else soon
+            self._until_solution, self._solve_every = self._seldom() if self._alike >= TEXTS else soon
         self._probe_every = PROBE_EVERY[0]
         self.probe_soon()
         if self._in_vain * self.sequences >= TEXTS and self._in_vain % TEXTS:
             self._without_masks, self._probe_every = SETTLED + 1, PROBE_RARER * PROBE_EVERY[0]
+
+    def _seldom(self) -> tuple[int, int]:
+        """Steps before the first solution in a text like the last ones, and from it to the next: no sooner than what it
+        takes is a small part of what is decoded meanwhile, so that a small model does not wait for it."""
+        first, latest = SOLVE_EVERY
+        return min(latest, max(first, math.ceil(self._solving / (SOLVING * self.resting)))), latest
 
     def rests(self, remaining: int) -> bool:
         """Whether neither planning nor masks promise to pay at the next step, nor is it time to try some, where a text
@@ -310,6 +320,7 @@ class Planner:
 
     def solve(self) -> None:
         """Policy iteration over the recent blocks, going on from the last solution (docs/planner.md)."""
+        begin = time.perf_counter()
         self._price()
         self._correct_costs()
         # Sequences that share a step share its layout: what counts is the mean of as many.
@@ -327,6 +338,7 @@ class Planner:
         if 2 * self.sequences > self._began_with:  # the last texts of a batch are no measure of the next one
             self._paid = self._pays
         self._hangs_masks = bool((self.value + self.drafting).min() < 0)  # whether any block is worth its drafting
+        self._solving = min(self._solving, time.perf_counter() - begin)
 
     def _weigh(self) -> None:
         """What every shape is worth by the last solution."""
