@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from foretell import base as base_module
 from foretell import native, packed, streamed
 from foretell.base import Base
+from foretell.commands.common import load_model
 from foretell.config import STRATEGIES, MTPConfig
 from foretell.decoding.cache import StaticCache
 from foretell.decoding.compiling import compile_steps
@@ -266,12 +267,14 @@ def forgotten() -> Iterator[None]:
     [("/no/such/compiler", "no C\\+\\+ compiler"), ("false", "could not make it"), ("true", "could not make it")],
 )
 def test_without_a_compiler_weights_lie_otherwise(
-    command: str, reason: str, forgotten: None, monkeypatch: pytest.MonkeyPatch
+    command: str, reason: str, forgotten: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("CXX", command)
     assert native.library() is None
     assert re.search(reason, str(native.why_not()))
     assert "streamed" not in packed.ways(torch.float32) + packed.ways(torch.bfloat16)
+    assert load_model(None, None, "float32", "cpu").base.packed
+    assert re.search(f"steps could be faster.*{reason}", capsys.readouterr().err)
 
 
 def test_it_is_compiled_once_for_all_processes(tmp_path: Path) -> None:

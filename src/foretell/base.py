@@ -78,6 +78,11 @@ class Base(nn.Module):
         """Whether its linears are packed (see `pack`)."""
         return self._load_again is not None
 
+    @property
+    def ways(self) -> list[str]:
+        """How the weights of its packed linears lie."""
+        return sorted({module.product.way for module in self.lm.modules() if isinstance(module, PackedLinear)})
+
     @torch.inference_mode()
     def pack(self, load_again: Callable[[], PreTrainedModel]) -> None:
         """Lays the weights of its linears out as this CPU multiplies them fastest: several times faster steps, forward

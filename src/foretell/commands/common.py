@@ -77,6 +77,7 @@ def load_model(
     from rich.console import Console
 
     import foretell
+    from foretell import native
     from foretell.decoding.compiling import compile_steps
 
     doing = "loading and compiling" if compiled else "loading"
@@ -88,6 +89,8 @@ def load_model(
         reason = compile_steps(loaded) if compiled else None
     if reason:
         print(reason, file=sys.stderr)
+    if loaded.base.packed and sys.platform == "linux" and (missing := native.why_not()):
+        print(f"steps could be faster: weights are not streamed, as {missing}", file=sys.stderr)
     return loaded
 
 

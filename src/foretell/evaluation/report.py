@@ -205,6 +205,7 @@ def environment(model: MTPForCausalLM) -> dict[str, Any]:
         "device_name": device_name(device),
         "dtype": str(model.base.dtype).removeprefix("torch."),
         "packed": model.base.packed,
+        "weights": model.base.ways,
         "compiled": model.compiled is not None,
         "threads": torch.get_num_threads(),
         "attention": getattr(model.base.text_config, "_attn_implementation", None),
