@@ -23,7 +23,6 @@ from foretell.decoding.cache import StaticCache
 from foretell.decoding.compiling import compile_steps
 from foretell.decoding.generate import MTPForCausalLM
 from foretell.errors import ForetellError
-from foretell.fused_lora import FusedLowRank
 from foretell.gated_lora import LowRank
 from foretell.layout import linear, plain, quadratic
 from foretell.lean import make_of
@@ -129,7 +128,6 @@ def test_low_rank_rows_get_what_their_adapters_make(batch: int, regular: int, ma
     product = PackedProduct([one.weight for one in linears], [one.bias for one in linears])
     assert isinstance(product.weight, StreamedWeight) and not product.join(torch.ones(3, 16, dtype=dtype), product)
     low = StreamedLowRank.of(product.sizes, {n: (a.a, a.b) for n, a in adapters.items()}, 0.5)
-    assert low is not None
     opened: list[tuple[int, int] | None] = [None]
     x, width = torch.randn(batch, regular + masks, 16).to(dtype), regular + masks
     with torch.inference_mode():
@@ -145,19 +143,18 @@ def test_low_rank_rows_get_what_their_adapters_make(batch: int, regular: int, ma
     torch.testing.assert_close(found[:, regular:].double(), expected[:, regular:], **near(dtype))
 
 
-def test_low_rank_numbers_that_need_more_bits_are_added_behind() -> None:
-    base = Base(in_16_bits(tiny_lm("llama")))
-    base.pack(lambda: in_16_bits(tiny_lm("llama")))
-    model = MTPForCausalLM(base, MTPConfig(masks=3, rank=4, alpha=8.0), check=False)
-    for adapter in model.adapter.adapters.values():
-        nn.init.normal_(adapter.b, std=0.3)
-    model.for_inference()
-    assert {type(term.fused) for term in model.adapter.terms} == {FusedLowRank}
-    exact = latents(model)
-    in_16_bits(model.adapter)
-    model.adapter.forget_terms()
-    assert {type(term.fused) for term in model.adapter.terms} == {StreamedLowRank}
-    torch.testing.assert_close(latents(model), exact, atol=0.1, rtol=0.05)
+def test_low_rank_numbers_are_rounded_and_nothing_else_is() -> None:
+    model, whole = model_of("llama"), model_of("llama", packs=False)
+    for one in (model, whole):
+        torch.manual_seed(2)
+        for adapter in one.adapter.adapters.values():
+            nn.init.normal_(adapter.b, std=0.3)
+        one.adapter.forget_terms()
+    found, exact = latents(model), latents(whole)
+    torch.testing.assert_close(found[:, :3], exact[:, :3], atol=2e-4, rtol=1e-3)
+    assert not torch.allclose(found[:, 3:], exact[:, 3:], atol=2e-4, rtol=1e-3)
+    in_16_bits(whole.adapter).forget_terms()
+    torch.testing.assert_close(found, latents(whole), atol=2e-4, rtol=1e-3)
 
 
 def model_of(name: str, dtype: torch.dtype = torch.float32, packs: bool = True) -> MTPForCausalLM:

@@ -216,10 +216,10 @@ class GatedLoRA(nn.Module):
             dtype = product.arithmetic
             matrices = {index: (adapter.a.to(dtype), adapter.b.to(dtype)) for index, _, adapter in own}
             _, name, adapter = own[0]
-            inside = None
             if isinstance(product.weight, StreamedWeight):
-                inside = StreamedLowRank.of(product.sizes, matrices, self.scale)
-            yield Term(name, product, adapter, inside or FusedLowRank(product.sizes, matrices, self.scale, product))
+                yield Term(name, product, adapter, StreamedLowRank.of(product.sizes, matrices, self.scale))
+            else:
+                yield Term(name, product, adapter, FusedLowRank(product.sizes, matrices, self.scale, product))
 
     def _gate(self, rows: int) -> tuple[int, int] | None:
         """For so many rows: see `streamed.Gate`. Raises ForetellError unless they are those of whole steps."""

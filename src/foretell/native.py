@@ -49,8 +49,9 @@ def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
     try:
         return _load(_compiled(compiler)), None
     except (OSError, subprocess.SubprocessError, AttributeError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        return None, f"{compiler[0]} could not make it: {said.strip().splitlines()[0] if said.strip() else error}"
+        said = getattr(error, "stderr", None)
+        lines = (said if isinstance(said, str) else str(error)).strip().splitlines() or [str(error)]
+        return None, f"{compiler[0]} could not make it: {lines[0]}"
 
 
 def _compiler() -> list[str] | None:

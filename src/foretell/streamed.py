@@ -81,7 +81,8 @@ class StreamedWeight:
 class StreamedLowRank:
     """A (r, d_in) and B (d_out, r) for `StreamedWeight`: what low-rank rows get beyond is scale · B·A·x.
 
-    It is summed with the product itself, in float32, and so costs what it takes to read A and B.
+    It is summed with the product itself, in float32, and so costs what it takes to read A and B. Their numbers are
+    rounded to bfloat16: drafts hang on them, the output never does.
     """
 
     def __init__(self, a: Tensor, b: Tensor, scale: float) -> None:
@@ -91,15 +92,8 @@ class StreamedLowRank:
         self.rank, self.scale = len(a), scale
 
     @classmethod
-    def of(
-        cls, sizes: Sequence[int], matrices: Mapping[int, tuple[Tensor, Tensor]], scale: float
-    ) -> StreamedLowRank | None:
-        """Of linears that are one product: d_out of each; A (r, d_in) and B (d_out, r) of some, by their numbers.
-
-        None if their numbers are no bfloat16 numbers.
-        """
-        if not all(fits(matrix) for pair in matrices.values() for matrix in pair):
-            return None
+    def of(cls, sizes: Sequence[int], matrices: Mapping[int, tuple[Tensor, Tensor]], scale: float) -> StreamedLowRank:
+        """Of linears that are one product: d_out of each; A (r, d_in) and B (d_out, r) of some, by their numbers."""
         a = torch.cat([a for a, _ in matrices.values()])
         bs = [matrices[number][1] if number in matrices else a.new_zeros(size, 0) for number, size in enumerate(sizes)]
         return cls(a, torch.block_diag(*bs), scale)
