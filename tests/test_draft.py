@@ -38,7 +38,7 @@ def test_chain_equals_the_plain_reading(name: str, sampler: str, tokens: int) ->
 
 
 @pytest.mark.parametrize("sampler", ["mlp", "bigram", "combined"])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", (*WAYS, "streamed"))
 def test_a_head_whose_weights_are_laid_out_drafts_the_same(
     sampler: str, way: Way, monkeypatch: pytest.MonkeyPatch
 ) -> None:
