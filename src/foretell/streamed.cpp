@@ -16,21 +16,20 @@
 #include <memory>
 #include <utility>
 
-// Rows that pass together, and sums, of several tiles, that do: of the processor's registers, each of which holds LANES
-// sums, some are for numbers of the weight and of the rows.
+// LANES numbers are in one of the processor's REGISTERS; up to MOST_ROWS rows pass together, each with a sum in one.
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #define LANES 16
+#define REGISTERS 32
 #define MOST_ROWS 28
-#define MOST_SUMS 24
 #elif defined(__AVX2__)
 #define LANES 8
+#define REGISTERS 16
 #define MOST_ROWS 12
-#define MOST_SUMS 12
 #else
 #define LANES 4
+#define REGISTERS 16
 #define MOST_ROWS 12
-#define MOST_SUMS 12
 #endif
 
 namespace {
@@ -49,11 +48,15 @@ struct Dot {
   static constexpr long per_pair = 1;  // numbers of a row
 
   template <int ROWS, int STREAMS>
-  static inline void add(Floats (&sums)[ROWS][STREAMS], int stream, Words weight, const Number* x) {
+  static inline void add(Floats (&sums)[ROWS][STREAMS], const Words (&weights)[STREAMS], const Number* x) {
 #pragma GCC unroll 32
     for (int row = 0; row < ROWS; row++) {
       const __m512i pair = _mm512_set1_epi32(static_cast<int>(x[row]));
-      sums[row][stream] = (Floats)_mm512_dpbf16_ps((__m512)sums[row][stream], (__m512bh)weight, (__m512bh)pair);
+#pragma GCC unroll 8
+      for (int stream = 0; stream < STREAMS; stream++) {
+        Floats& sum = sums[row][stream];
+        sum = (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)weights[stream], (__m512bh)pair);
+      }
     }
   }
 };
@@ -65,12 +68,24 @@ struct Widen {
   static constexpr long per_pair = 2;
 
   template <int ROWS, int STREAMS>
-  static inline void add(Floats (&sums)[ROWS][STREAMS], int stream, Words weight, const Number* x) {
-    const Floats even = (Floats)(weight << 16), odd = (Floats)(weight & 0xffff0000u);
+  static inline void add(Floats (&sums)[ROWS][STREAMS], const Words (&weights)[STREAMS], const Number* x) {
+    Floats even[STREAMS], odd[STREAMS];
+#pragma GCC unroll 8
+    for (int stream = 0; stream < STREAMS; stream++) {
+      even[stream] = (Floats)(weights[stream] << 16);
+      odd[stream] = (Floats)(weights[stream] & 0xffff0000u);
+    }
+    add(sums, even, x);
+    add(sums, odd, x + ROWS);
+  }
+
+  template <int ROWS, int STREAMS>
+  static inline void add(Floats (&sums)[ROWS][STREAMS], const Floats (&weights)[STREAMS], const Number* x) {
 #pragma GCC unroll 32
-    for (int row = 0; row < ROWS; row++) sums[row][stream] += even * x[row];
-#pragma GCC unroll 32
-    for (int row = 0; row < ROWS; row++) sums[row][stream] += odd * x[ROWS + row];
+    for (int row = 0; row < ROWS; row++) {
+#pragma GCC unroll 8
+      for (int stream = 0; stream < STREAMS; stream++) sums[row][stream] += weights[stream] * x[row];
+    }
   }
 };
 
@@ -117,7 +132,7 @@ inline Words rounded(Floats values) {  // to bfloat16, the nearest and of two th
   return (values == values) ? (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16 : Words{} + 0x7fc0u;
 }
 
-inline uint32_t rounded(float value) { return rounded(Floats{} + value)[0]; }
+inline uint32_t rounded(float value) { return rounded(Floats{value})[0]; }
 
 // Rows as a pass reads them: (groups, pairs, rows of the group) pairs, or (groups, 2 pairs, rows of the group) numbers.
 // `get` gives the number of a row in a column; which pairs, and of which group.
@@ -180,11 +195,13 @@ struct Product {
   static inline void run(Floats (&sums)[ROWS][STREAMS], const Words* streams, long apart, const Words* ahead,
                          const Number* x, long from, long to) {
     for (long pair = from; pair < to; pair++) {
+      Words weights[STREAMS];
 #pragma GCC unroll 8
       for (int stream = 0; stream < STREAMS; stream++) {
+        weights[stream] = streams[stream * apart + pair];
         __builtin_prefetch(ahead + stream * apart + pair);
-        Kind::add(sums, stream, streams[stream * apart + pair], x + pair * Kind::per_pair * ROWS);
       }
+      Kind::add(sums, weights, x + pair * Kind::per_pair * ROWS);
     }
   }
 
@@ -204,7 +221,8 @@ struct Product {
 
   template <int ROWS, int STREAMS>
   static constexpr Pass pass_of() {
-    if constexpr (STREAMS == 1 || ROWS * STREAMS <= MOST_SUMS) return &pass<ROWS, STREAMS>;
+    constexpr int needed = (ROWS + 2) * STREAMS + 1;  // sums, numbers of the weight and one of a row
+    if constexpr (STREAMS == 1 || needed <= REGISTERS) return &pass<ROWS, STREAMS>;
     return nullptr;
   }
 
