@@ -222,7 +222,7 @@ def main() -> None:
         help="only these; rows of others stay in the result",
     )
     parser.add_argument("--drafts", nargs="+", choices=DRAFTS, metavar="KIND", help="all; with --compiled: replayed")
-    parser.add_argument("--packed", choices=(*WAYS, "streamed"), help="with packed bases of 16-bit numbers, which all lie this way")
+    parser.add_argument("--packed", choices=(*WAYS, "streamed"), help="with packed bases of 16-bit numbers that lie so")
     parser.add_argument("--compiled", action="store_true", help="with packed bases, and compiled steps where possible")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
