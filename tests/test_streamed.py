@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -282,6 +283,17 @@ def test_it_is_compiled_once_for_all_processes(tmp_path: Path) -> None:
     before = made.stat()
     subprocess.run([sys.executable, "-c", code], check=True, env=there)
     assert [path.stat().st_mtime_ns for path in made.parent.iterdir()] == [before.st_mtime_ns]
+
+
+def test_where_nothing_can_be_kept_it_leaves_nothing(
+    tmp_path: Path, forgotten: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert native.library() is not None, native.why_not()
+    torch.testing.assert_close(StreamedWeight(torch.eye(3)).multiply(torch.ones(2, 3)), torch.ones(2, 3))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_another_openmp_is_not_let_in(monkeypatch: pytest.MonkeyPatch, forgotten: None) -> None:

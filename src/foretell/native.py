@@ -14,6 +14,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -47,7 +49,8 @@ def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
     if compiler is None:
         return None, "there is no C++ compiler (c++, g++ or clang++; CXX names another)"
     try:
-        return _load(_compiled(compiler)), None
+        with _folder() as folder:
+            return _load(_compiled(compiler, folder)), None
     except (OSError, subprocess.SubprocessError, AttributeError) as error:
         said = getattr(error, "stderr", None)
         lines = (said if isinstance(said, str) else str(error)).strip().splitlines() or [str(error)]
@@ -61,18 +64,23 @@ def _compiler() -> list[str] | None:
     return next((command for command in candidates if shutil.which(command[0])), None)
 
 
-def _compiled(compiler: list[str]) -> Path:
-    """The library's file, from an earlier process if there was one on such a processor."""
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """Where compiled code is kept or, where nothing can be, a place for this process alone, gone once it is loaded."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "foretell" / "native"
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    if os.access(folder, os.W_OK):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="foretell-native-") as own:
+        yield Path(own)
+
+
+def _compiled(compiler: list[str], folder: Path) -> Path:
+    """The library's file there, from an earlier process if there was one on such a processor."""
     known = hashlib.sha256(repr([SOURCE.read_text(), compiler, FLAGS, torch.__version__, _processor()]).encode())
     name = f"{known.hexdigest()[:24]}.so"
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "foretell" / "native"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        there = os.access(folder, os.W_OK)
-    except OSError:
-        there = False
-    if not there:  # for this process alone
-        folder = Path(tempfile.mkdtemp(prefix="foretell-native-"))
     path = folder / name
     if not path.is_file():
         part = folder / f"{name}.{os.getpid()}"
