@@ -70,6 +70,7 @@ def test_a_row_has_the_same_bits_in_any_company(dtype: torch.dtype) -> None:
     alone = torch.cat([weight.multiply(row[None]) for row in x])
     for count in (2, 6, 7, 12, 13, 25, 28, 29, 57, 80):
         assert torch.equal(weight.multiply(x[:count]), alone[:count]), count
+    assert torch.equal(weight.multiply(x.repeat(40, 1)), alone.repeat(40, 1))  # a long prompt
 
 
 @pytest.mark.parametrize("shape", [(64,), (1, 64), (3, 64), (2, 5, 64), (0, 64), (2, 2, 3, 64)])
@@ -117,7 +118,9 @@ def test_weights_that_need_more_bits_lie_otherwise() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("batch", "regular", "masks"), [(1, 2, 4), (3, 1, 5), (2, 0, 3), (1, 30, 30)])
+@pytest.mark.parametrize(
+    ("batch", "regular", "masks"), [(1, 2, 4), (3, 1, 5), (2, 0, 3), (1, 30, 30), (5, 300, 8), (2, 1500, 4)]
+)
 def test_low_rank_rows_get_what_their_adapters_make(batch: int, regular: int, masks: int, dtype: torch.dtype) -> None:
     """Of three linears of one product the first and the last are adapted; the other rows keep every bit."""
     torch.manual_seed(0)

@@ -3,7 +3,8 @@
 A step of decoding multiplies each weight with a handful of rows. PyTorch hands such products to its BLAS, which reads a
 weight as it was stored; oneDNN, once it has laid the weight out in blocks of its own, is up to five times as fast on
 one processor and three times as slow on another; and most weights need but 16 bits (`half_weights`), which is another
-factor of two (docs/experiments.md). So all are timed. The numbers are the same and so is the product, but for the order
+factor of two; a kernel of our own reads those once for all rows of a step (`streamed`, docs/experiments.md). So all are
+timed. The numbers are the same and so is the product, but for the order
 in which it is summed.
 """
 

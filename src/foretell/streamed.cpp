@@ -36,6 +36,7 @@ namespace {
 
 constexpr long AHEAD = 4096;     // bytes of a stream
 constexpr long SMALL = 1 << 15;  // multiplications that are not worth a second thread
+constexpr long MOST_AT_ONCE = 1024;  // rows: those of a long prompt are not all put in order at the same time
 constexpr long CHUNK = 64;       // pairs of numbers of the rows that one thread reorders at a time
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
@@ -301,6 +302,15 @@ void foretell_product(const void* x, long half, long rows, long d_in, const void
   const LowRank* with = a ? &low : nullptr;
   const Weight whole = laid_out(weight, d_in);
   const Rows to{out, half != 0, d_out};
+  const long slab = std::max(1L, MOST_AT_ONCE / width) * width;
+  if (rows > slab) {
+    const long bytes = half ? 2 : 4;
+    for (long row = 0; row < rows; row += slab) {
+      foretell_product(static_cast<const char*>(x) + row * d_in * bytes, half, std::min(slab, rows - row), d_in, weight,
+                       bias, static_cast<char*>(out) + row * d_out * bytes, d_out, a, b, rank, first, width, scale);
+    }
+    return;
+  }
   if (rows == 0) return;
   // A single row is in order as it is.
   const void* ordered = rows == 1 && d_in % 2 == 0 && reinterpret_cast<uintptr_t>(x) % 4 == 0 ? x : nullptr;
