@@ -106,9 +106,11 @@ def test_other_numbers_are_refused() -> None:
     assert scale_of(torch.zeros(3, 4)) == 1.0
 
 
-def model_of(name: str, dtype: torch.dtype = torch.float32) -> MTPForCausalLM:
+def model_of(name: str, dtype: torch.dtype = torch.float32, packs: bool = True) -> MTPForCausalLM:
+    """A base and an adapter whose numbers are of 16 bits; `packs`: in which the base's weights lie as `lying` says."""
     base = Base(in_16_bits(tiny_lm(name)).to(dtype))
-    base.pack(lambda: in_16_bits(tiny_lm(name)).to(dtype))
+    if packs:
+        base.pack(lambda: in_16_bits(tiny_lm(name)).to(dtype))
     model = MTPForCausalLM(base, MTPConfig(masks=4, rank=4, alpha=8.0))
     torch.manual_seed(1)
     for parameter in model.own_parameters().values():
@@ -135,6 +137,15 @@ def test_every_architecture_writes_what_it_wrote_before(name: str) -> None:
     assert {product.way for product in products(model)} == {"halves"}
 
 
+def check_lean(model: MTPForCausalLM) -> None:
+    """Steps written out give the same bits as the base's own modules."""
+    for layout in (plain(), plain(4), quadratic(3, 3)):
+        lean = step(model, layout, [40, 9])
+        with model.base.by_modules():
+            for one, other in zip(lean, step(model, layout, [40, 9]), strict=True):
+                assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("name", LEAN)
 def test_bfloat16_steps_are_lean_and_adapted_in_float32(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a processor that has no instructions for bfloat16."""
@@ -142,11 +153,7 @@ def test_bfloat16_steps_are_lean_and_adapted_in_float32(name: str, monkeypatch: 
     model = model_of(name, torch.bfloat16)
     assert {product.way for product in products(model)} == {"halves"} and make_of(model.base) is not None
     assert {term.fused.dtype for term in model.adapter.terms if term.fused} == {torch.float32}
-    for layout in (plain(), plain(4), quadratic(3, 3)):
-        lean = step(model, layout, [40, 9])
-        with model.base.by_modules():
-            for one, other in zip(lean, step(model, layout, [40, 9]), strict=True):
-                assert torch.equal(one, other)
+    check_lean(model)
 
 
 def test_rows_that_need_more_bits_are_not_joined() -> None:

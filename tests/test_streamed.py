@@ -13,19 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from foretell import base as base_module
 from foretell import native, packed, streamed
-from foretell.base import Base
 from foretell.commands.common import load_model
 from foretell.config import STRATEGIES, MTPConfig
-from foretell.decoding.cache import StaticCache
 from foretell.decoding.compiling import compile_steps
 from foretell.decoding.generate import MTPForCausalLM
 from foretell.errors import ForetellError
 from foretell.gated_lora import LowRank
-from foretell.layout import linear, plain, quadratic
 from foretell.lean import make_of
 from foretell.packed import PackedLinear, PackedProduct
 from foretell.packed_rows import PackedEmbedding
@@ -34,7 +31,9 @@ from foretell.streamed import StreamedLowRank, StreamedWeight
 from .decoded import decode
 from .lying import in_16_bits, lying
 from .models import CONFIGS, random_prompt, reference, tiny_lm
-from .test_lean import LEAN, step
+from .test_fused_lora import latents
+from .test_half_weights import check_lean, model_of, products
+from .test_lean import LEAN
 
 pytestmark = pytest.mark.skipif(not streamed.available(), reason=f"no kernel: {native.why_not()}")
 DTYPES = torch.float32, torch.bfloat16
@@ -154,36 +153,11 @@ def test_low_rank_numbers_are_rounded_and_nothing_else_is() -> None:
         for adapter in one.adapter.adapters.values():
             nn.init.normal_(adapter.b, std=0.3)
         one.adapter.forget_terms()
-    found, exact = latents(model), latents(whole)
+    found, exact = latents(model, 1), latents(whole, 1)
     torch.testing.assert_close(found[:, :3], exact[:, :3], atol=2e-4, rtol=1e-3)
     assert not torch.allclose(found[:, 3:], exact[:, 3:], atol=2e-4, rtol=1e-3)
     in_16_bits(whole.adapter).forget_terms()
-    torch.testing.assert_close(found, latents(whole), atol=2e-4, rtol=1e-3)
-
-
-def model_of(name: str, dtype: torch.dtype = torch.float32, packs: bool = True) -> MTPForCausalLM:
-    base = Base(in_16_bits(tiny_lm(name)).to(dtype))
-    if packs:
-        base.pack(lambda: in_16_bits(tiny_lm(name)).to(dtype))
-    model = MTPForCausalLM(base, MTPConfig(masks=4, rank=4, alpha=8.0))
-    torch.manual_seed(1)
-    for parameter in model.own_parameters().values():
-        nn.init.normal_(parameter, std=0.2)
-    in_16_bits(model.adapter)
-    return model.for_inference()  # type: ignore[return-value]
-
-
-def latents(model: MTPForCausalLM, batch: int = 1) -> Tensor:
-    cache = StaticCache(len(model.base.blocks), 40, batch)
-    with torch.inference_mode():
-        model.prefill(torch.cat([random_prompt(9, seed=row) for row in range(batch)]), cache)
-        cache.keep([9] * batch)
-        return model.step(torch.full((batch, 3), 7), [linear(2, 3)] * batch, cache, cache.lengths)
-
-
-def products(model: MTPForCausalLM) -> list[PackedProduct]:
-    linears = (module for module in model.base.lm.modules() if isinstance(module, PackedLinear))
-    return list(dict.fromkeys(linear.product for linear in linears))
+    torch.testing.assert_close(found, latents(whole, 1), atol=2e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))
@@ -218,17 +192,17 @@ def test_two_adapters_share_a_base_and_leave_it() -> None:
         nn.init.normal_(in_16_bits(adapter).b, std=0.3)
     in_16_bits(second.adapter)
     second.for_inference()
-    expected, other = latents(first), latents(second)
+    expected, other = latents(first, 1), latents(second, 1)
     assert not torch.allclose(expected[:, 3:], other[:, 3:], atol=1e-2)
-    assert torch.equal(latents(first), expected) and torch.equal(latents(second), other)
+    assert torch.equal(latents(first, 1), expected) and torch.equal(latents(second, 1), other)
     first.adapter.remove()
-    assert torch.equal(latents(second), other) and torch.equal(latents(first), expected)
+    assert torch.equal(latents(second, 1), other) and torch.equal(latents(first, 1), expected)
 
 
 def test_an_adapter_refuses_rows_of_other_steps() -> None:
     model = model_of("llama")
     with pytest.raises(ForetellError, match="whole number of 5-row steps"), model.adapter.open(2, 5):
-        latents(model)  # behind a prompt of 9 rows
+        latents(model, 1)  # behind a prompt of 9 rows
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -236,11 +210,7 @@ def test_an_adapter_refuses_rows_of_other_steps() -> None:
 def test_steps_are_lean(name: str, dtype: torch.dtype) -> None:
     model = model_of(name, dtype)
     assert {product.way for product in products(model)} == {"streamed"} and make_of(model.base) is not None
-    for layout in (plain(), plain(4), quadratic(3, 3)):
-        lean = step(model, layout, [40, 9])
-        with model.base.by_modules():
-            for one, other in zip(lean, step(model, layout, [40, 9]), strict=True):
-                assert torch.equal(one, other)
+    check_lean(model)
 
 
 def test_compiled_code_gets_tensors() -> None:
@@ -256,11 +226,9 @@ def test_compiled_code_gets_tensors() -> None:
 @pytest.fixture
 def forgotten() -> Iterator[None]:
     """What was loaded is loaded anew, and again after the test."""
-    for known in (native.library, native._loaded):
-        known.cache_clear()
+    native._loaded.cache_clear()
     yield
-    for known in (native.library, native._loaded):
-        known.cache_clear()
+    native._loaded.cache_clear()
 
 
 @pytest.mark.parametrize(

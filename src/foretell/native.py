@@ -28,7 +28,6 @@ OPENMP = ("libgomp", "libomp", "libiomp")
 CPUINFO, MAPS = Path("/proc/cpuinfo"), Path("/proc/self/maps")
 
 
-@cache
 def library() -> ctypes.CDLL | None:
     """It, or None where it can't be had (`why_not` says why)."""
     return _loaded()[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -35,8 +36,7 @@ class StreamedWeight:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        library = native.library()
-        assert library is not None
+        library = _library()
         self.shape, self.dtype = weight.shape, weight.dtype
         self.tiles = _in_tiles(weight.detach(), library.foretell_lanes())
         lost = -weight.shape[0] % library.foretell_lanes()
@@ -46,8 +46,7 @@ class StreamedWeight:
     def multiply(self, x: Tensor) -> Tensor:
         """x (..., d_in) float32 or bfloat16 -> x W^T + bias (..., d_out), and what low-rank rows get beyond while
         their gate is open. Raises ValueError for other rows."""
-        library = native.library()
-        assert library is not None
+        library = _library()
         d_out, d_in = self.shape
         if x.shape[-1] != d_in or x.dtype not in DTYPES:
             raise ValueError(f"a weight ({d_out}, {d_in}) is not for rows {tuple(x.shape)} of {x.dtype}")
@@ -86,8 +85,7 @@ class StreamedLowRank:
     """
 
     def __init__(self, a: Tensor, b: Tensor, scale: float) -> None:
-        library = native.library()
-        assert library is not None
+        library = _library()
         self.a, self.b = (_in_tiles(matrix.detach(), library.foretell_lanes()) for matrix in (a, b))
         self.rank, self.scale = len(a), scale
 
@@ -97,6 +95,13 @@ class StreamedLowRank:
         a = torch.cat([a for a, _ in matrices.values()])
         bs = [matrices[number][1] if number in matrices else a.new_zeros(size, 0) for number, size in enumerate(sizes)]
         return cls(a, torch.block_diag(*bs), scale)
+
+
+def _library() -> ctypes.CDLL:
+    """Only where it is `available`."""
+    library = native.library()
+    assert library is not None
+    return library
 
 
 def _in_tiles(weight: Tensor, lanes: int) -> Tensor:
