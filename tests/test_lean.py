@@ -12,7 +12,7 @@ from foretell.decoding.cache import StaticCache
 from foretell.decoding.compiling import compile_steps
 from foretell.decoding.generate import MTPForCausalLM
 from foretell.layout import Layout, linear, plain, quadratic
-from foretell.lean import Rows, make_of
+from foretell.lean import make_of
 from foretell.model import MTPModel
 from foretell.packed import why_not
 
@@ -80,18 +80,6 @@ def test_the_same_bits_in_every_layout(name: str, dtype: torch.dtype, lengths: l
                 assert (one - other).abs().max() <= (1e-5 if dtype == torch.float32 else 0.1) * other.abs().max()
             else:
                 assert torch.equal(one, other)
-
-
-@pytest.mark.parametrize("sequences, regular, masks", [(1, 1, 3), (3, 2, 4), (2, 5, 1)])
-def test_rows_together_are_regular_ones_then_masks(sequences: int, regular: int, masks: int) -> None:
-    rows = Rows(sequences, regular, masks)
-    apart = torch.arange(float(sequences * (regular + masks))).view(sequences, -1, 1) + torch.tensor([0.0, 0.5])
-    first, count = rows.gate
-    together = rows.together(apart)
-    assert together.shape == (1, count, 2)
-    assert torch.equal(together[0, :first], torch.cat([own[:regular] for own in apart]))
-    assert torch.equal(together[0, first:], torch.cat([own[regular:] for own in apart]))
-    assert torch.equal(rows.apart(together), apart)
 
 
 def test_modules_are_called_where_somebody_hooks_in() -> None:

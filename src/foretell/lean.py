@@ -9,7 +9,7 @@ Whether a base is of that make is not read off its name but tried, on steps of i
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from transformers import Cache, DynamicCache
 
 from foretell.attention import AttentionMask, attention_mask
 from foretell.packed import PackedLinear, PackedProduct
+from foretell.rows import Rows
 
 TRIED = (4, 3)  # tokens cached and rows of the step that a base is tried on
 FAR = 4096  # position of other rows, or the last that there are: what goes by position may begin late
@@ -57,38 +58,6 @@ def _agrees(base: Any, steps: LeanSteps) -> bool:
     return True
 
 
-class Rows(NamedTuple):
-    """Rows of a step of several sequences, which have as many each: `regular` ones, then `masks`.
-
-    *Together* (1, N, ...) are the regular rows of all sequences, then the masks of all, so that those that an adapter
-    adds to are one piece of memory. Only attention needs each sequence's *apart* (B, Q, ...).
-    """
-
-    sequences: int
-    regular: int
-    masks: int
-
-    @property
-    def gate(self) -> tuple[int, int]:
-        """Of the rows together, where the masks begin, and how many rows there are."""
-        return self.sequences * self.regular, self.sequences * (self.regular + self.masks)
-
-    def together(self, apart: Tensor) -> Tensor:
-        """(B, Q, ...) -> (1, N, ...), a copy."""
-        first, count = self.gate
-        out = apart.new_empty(1, count, *apart.shape[2:])
-        regular, masks = apart.split((self.regular, self.masks), 1)
-        out[0, :first].view(regular.shape).copy_(regular)
-        out[0, first:].view(masks.shape).copy_(masks)
-        return out
-
-    def apart(self, together: Tensor) -> Tensor:
-        """(1, N, ...) -> (B, Q, ...), a copy."""
-        first, _ = self.gate
-        parts = together[0, :first], together[0, first:]
-        return torch.cat([part.unflatten(0, (self.sequences, -1)) for part in parts], 1)
-
-
 class LeanSteps:
     """`Base.latents` for steps over a cache, of a decoder with packed linears.
 
@@ -122,14 +91,14 @@ class LeanSteps:
         rows: Rows | None = None,
     ) -> Tensor:
         """(B, Q, E) at positions (B or 1, Q) -> z (B, Q, D); masks additive (B or 1, 1, Q, S), None for a single row
-        that sees everything. With `rows` they go through the linears together."""
+        that sees everything. With `rows` those that belong to sequences go through the linears together."""
         cos, sin = (turn[:, :, None] for turn in self.rotary(embeddings, position_ids=positions))
         half = self.blocks[0].head_size // 2
         if cos.shape[-1] != 2 * half:
             raise ValueError("only a part of each head is turned")
         sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)  # the sign of the half that changes places
         masks: dict[int, Tensor] = {}
-        x = embeddings if rows is None else rows.together(embeddings)
+        x = embeddings if rows is None else rows.together(embeddings)[None]
         for block, kind in zip(self.blocks, self.types, strict=True):
             own = mask[str(kind)] if isinstance(mask, dict) else mask
             if own is not None:
@@ -138,7 +107,7 @@ class LeanSteps:
                 own = masks[id(own)]
             x = block.latents(x, cos, sin, own, cache, rows)
         z = self.norm(x)
-        return z if rows is None else rows.apart(z)
+        return z if rows is None else rows.apart(z[0])
 
 
 class LeanBlock:
@@ -172,7 +141,7 @@ class LeanBlock:
         turned = self.heads + self.shared
         made = self.qkv.make(self.before(x))[..., : (turned + self.shared) * self.head_size]
         if together is not None:
-            made = together.apart(made)
+            made = together.apart(made[0])
         batch, rows, _ = made.shape
         qkv = made.view(batch, rows, -1, self.head_size)
         qk = qkv[:, :, :turned]
@@ -185,7 +154,7 @@ class LeanBlock:
         query = qk[:, : self.heads].reshape(batch, self.shared, self.groups * rows, self.head_size)
         seen = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=self.scaling)
         seen = seen.view(batch, self.heads, rows, self.head_size).transpose(1, 2)
-        seen = seen.flatten(2) if together is None else together.together(seen).flatten(2)
+        seen = seen.flatten(2) if together is None else together.together(seen).flatten(1)[None]
         x = x + self.out.part(seen, 0)
         gate, up = self.gate_up.make(self.between(x)).split(self.gate_up.parts, -1)[:2]
         return x + self.down.part(self.activation(gate) * up, 0)

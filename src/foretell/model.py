@@ -19,7 +19,7 @@ from foretell.config import MTPConfig
 from foretell.errors import ForetellError
 from foretell.gated_lora import GatedLoRA, adapted_modules
 from foretell.layout import RECURRING, Layout
-from foretell.lean import Rows
+from foretell.rows import Rows
 from foretell.sampler import Sampler, make_sampler
 from foretell.support import check_supported, self_test
 
@@ -89,10 +89,18 @@ class MTPModel(nn.Module):
         """Whether a mask sees all masks of its block."""
         return self.config.mask_attention == "bidirectional"
 
-    def step(self, ids: Tensor, layouts: Sequence[Layout], cache: Cache, lengths: Sequence[int]) -> Tensor:
+    def step(
+        self,
+        ids: Tensor,
+        layouts: Sequence[Layout],
+        cache: Cache,
+        lengths: Sequence[int],
+        rows: Rows | None = None,
+    ) -> Tensor:
         """One forward: ids (B, R) int64 with a layout and a number of cached tokens per sequence -> z (B, Q, D).
 
-        All layouts have the same R and M. The cache then holds Q more rows per sequence, behind the first `lengths[b]`;
+        All layouts have the same R and M; `rows` says which rows are no filler, if there is any: where `skips_filler`
+        the others may be anything. The cache then holds Q more rows per sequence, behind the first `lengths[b]`;
         the caller keeps the accepted ones.
         Raises ForetellError if ids and layouts do not fit each other.
         """
@@ -106,19 +114,25 @@ class MTPModel(nn.Module):
             embeddings = torch.cat([embeddings, masks.to(embeddings.dtype)], dim=1)
         if self.bidirectional:  # strategies need not know how the masks were trained
             layouts = [replace(layout, bidirectional=True) for layout in layouts]
-        rows = layouts[0].regular, layouts[0].width
+        gate = layouts[0].regular, layouts[0].width
         compiled = self.compiled
-        runs = compiled is not None and compiled.can_run(cache, lengths, *rows)
+        runs = compiled is not None and compiled.can_run(cache, lengths, *gate)
         explicit = runs or (compiled is not None and len(lengths) == 1)  # one that runs eager may be compiled from
         positions, mask = step_attention(layouts, lengths, self.base, explicit)
         if compiled is not None and runs:
             return compiled.latents(embeddings, positions, mask, cache, lengths, layouts[0].regular)
-        if len(lengths) > 1 and layouts[0].masks and (lean := self.base.lean_for(embeddings.shape[1], mask)):
-            together = Rows(len(lengths), layouts[0].regular, layouts[0].masks)
-            with self.adapter.open(*together.gate):
-                return lean.latents(embeddings, positions, mask, cache, together)
-        with self.adapter.open(*rows):
+        rows = rows or Rows(layouts)
+        together = len(lengths) > 1 and (layouts[0].masks > 0 or not rows.whole)
+        if together and (lean := self.base.lean_for(embeddings.shape[1], mask)):
+            with self.adapter.open(rows.first, rows.count):
+                return lean.latents(embeddings, positions, mask, cache, rows)
+        with self.adapter.open(*gate):
             return self.base.latents(embeddings, positions, mask, cache)
+
+    @property
+    def skips_filler(self) -> bool:
+        """Whether rows of a step of several sequences that only fill it up cost next to nothing."""
+        return self.base.lean is not None and self.compiled is None
 
     def sample(self, tokens: Tensor, latents: Tensor) -> Tensor:
         """The sampler head's latents (..., D), for the two tokens (..., 2) int64 before each, the latest first."""

@@ -20,6 +20,7 @@ from foretell.decoding.strategies import Running, Strategy, aligned
 from foretell.decoding.verify import decide
 from foretell.layout import Block, Layout, plain
 from foretell.model import MTPModel
+from foretell.rows import Rows, surviving
 
 NO_DRAFT = -1
 # Tokens of a prompt that the first step still reads itself: a forward less. Longer ones are read without a mask, which
@@ -103,32 +104,35 @@ def refilled_steps(
     try:
         while running:
             begin = time.perf_counter()
-            layouts = aligned(strategy.layouts(running, bool(waiting)), masks)
+            own = strategy.layouts(running, bool(waiting))
+            layouts = aligned(own, masks)
             filled = max(map(len, unread)) - 1 if unread else max(cache.lengths)
             if model.base.max_columns is not None and filled + layouts[0].width > model.base.max_columns:
-                layouts = [plain()] * len(running)
-            regular = layouts[0].regular
-            drafts = drafts[:, : regular - 1]
+                own = layouts = [plain()] * len(running)
+            rows = Rows(own if model.skips_filler and not unread else layouts)
+            drafts = rows.of_own(drafts[:, : rows.regular - 1], NO_DRAFT)
             ids = torch.cat([x[:, None], drafts.clamp(min=0)], dim=1)
             if unread:
                 latents = read_along(model, unread, layouts, cache)
             else:
-                latents = model.step(ids, layouts, cache, cache.lengths)
+                latents = model.step(ids, layouts, cache, cache.lengths, rows)
             # What the unembedding reads is most of its cost, so few masks are read along with the regular rows.
-            along = reads_along(model, config, layouts[0].masks)
-            logits = model.base.unembed(latents if along else latents[:, :regular])
-            choices = pick_choices(picker, logits[:, :regular], running, drafts)
+            along = reads_along(model, config, rows.masks)
+            read = rows.together(latents)
+            logits = model.base.unembed(read if along else read[: rows.first])
+            choices = rows.of_regular(pick_choices(picker, logits[: rows.first], running, drafts, rows))
             decided = decide(drafts, choices)
-            done = []
-            for number, (row, layout, (count, *chosen)) in enumerate(zip(running, layouts, decided, strict=True)):
+            done, start = [], 0
+            for row, layout, (count, *chosen) in zip(running, rows.layouts, decided, strict=True):
                 tokens, ended = stop.cut(row.text, chosen[: min(count + 1, row.remaining)])
                 row.remaining -= len(tokens)
                 row.stopped, row.remaining = ended and row.remaining > 0, 0 if ended else row.remaining
                 row.place += len(tokens)
                 row.text += tokens
                 strategy.decided(row, tokens)
-                kept = logits[number, : len(tokens)].to(torch.float32, copy=True) if keep_logits else None
-                verified = min(row.drafts, regular - 1)
+                kept = logits[start : start + len(tokens)].to(torch.float32, copy=True) if keep_logits else None
+                start += layout.regular
+                verified = min(row.drafts, layout.regular - 1)
                 count = min(count, len(tokens))
                 step = Step(tokens, count, layout, row.sequence, verified, kept, not row.remaining, bool(unread))
                 done.append(step)
@@ -142,17 +146,18 @@ def refilled_steps(
                 running = [running[row] for row in order]
                 before = last_tokens(choices, ids, order, accepted)
                 x = before[:, 0]
-                blocks = [layouts[row].block_rows(accepted[row]) for row in order]
+                blocks = [rows.block(row, accepted[row]) for row in order]
                 for row, block in zip(running, blocks, strict=True):
                     row.drafts = 0 if block is None else min(block.stop - block.start, row.remaining - 1)
-                if len(order) < len(done):
-                    latents, logits = latents[order], logits[order]
-                read = surviving(logits, blocks) if along else None
                 drafting = time.perf_counter()
-                drafts = draft_blocks(drafter, strategy, surviving(latents, blocks), read, before, running)
+                scores = logits if along else None
+                drafts, sure = draft_blocks(drafter, rows, latents, scores, order, blocks, before, running)
+                for row in running:
+                    row.drafts = min(row.drafts, drafts.shape[1])
+                drafts = held(strategy.drafted(running, drafts, sure), running)
                 end_of_step = time.perf_counter()
                 seconds = None if unread else spent + end_of_step - begin
-                strategy.took(layouts[0], seconds, end_of_step - drafting)
+                strategy.took(layouts[0], seconds, end_of_step - drafting, rows.count / rows.sequences)
             else:
                 running = []
             unread = []
@@ -208,20 +213,18 @@ def leave_finished(running: list[Running], cache: StaticCache) -> list[int]:
     return order
 
 
-def pick_choices(picker: Picker, logits: Tensor, running: Sequence[Running], drafts: Tensor) -> Tensor:
-    """The base's choice (B, R) after every regular token, logits (B, R, V)."""
+def pick_choices(picker: Picker, logits: Tensor, running: Sequence[Running], drafts: Tensor, rows: Rows) -> Tensor:
+    """The base's choice (N,) after every regular token of the rows, sequence after sequence, logits (N, V)."""
     if picker.greedy and not picker.reads_text:
         return first_largest(logits.float())  # in fp32, as transformers does
-    regular = logits.shape[1]
-    sequences = [row.sequence for row in running for _ in range(regular)]
-    places = [row.place + offset for row in running for offset in range(regular)]
+    both = [(row, end) for row, layout in zip(running, rows.layouts, strict=True) for end in range(layout.regular)]
     texts = None
     if picker.reads_text:
         verified = [row.text + own for row, own in zip(running, drafts.clamp(min=0).tolist(), strict=True)]
-        ends = [len(row.text) + offset for row in running for offset in range(regular)]
         whole = [torch.tensor(text, device=logits.device) for text in verified]
-        texts = [whole[number // regular][:end] for number, end in enumerate(ends)]
-    return picker.pick(logits.flatten(0, 1), sequences, places, texts).view(-1, regular)
+        counts = zip(running, whole, rows.layouts, strict=True)
+        texts = [text[: len(row.text) + end] for row, text, layout in counts for end in range(layout.regular)]
+    return picker.pick(logits, [row.sequence for row, _ in both], [row.place + end for row, end in both], texts)
 
 
 def last_tokens(choices: Tensor, ids: Tensor, order: Sequence[int], accepted: Sequence[int]) -> Tensor:
@@ -235,39 +238,49 @@ def last_tokens(choices: Tensor, ids: Tensor, order: Sequence[int], accepted: Se
     return torch.stack([choices[former, end], ids[former, end]], dim=1)
 
 
-def surviving(rows: Tensor, blocks: Sequence[slice | None]) -> Tensor:
-    """rows (B, Q, ...) of a step, rows of each sequence's block -> (B, K, ...); what lies beyond a block is filler."""
-    starts = [0 if block is None else block.start for block in blocks]
-    sizes = [0 if block is None else block.stop - block.start for block in blocks]
-    if len(set(sizes)) == len(set(starts)) == 1:
-        return rows[:, starts[0] : starts[0] + sizes[0]]
-    last = torch.tensor(sizes, device=rows.device)[:, None] - 1
-    offsets = torch.minimum(torch.arange(max(sizes), device=rows.device), last.clamp(min=0))
-    places = torch.tensor(starts, device=rows.device)[:, None] + offsets
-    return rows[torch.arange(len(blocks), device=rows.device)[:, None], places]
-
-
 def draft_blocks(
     drafter: Drafter,
-    strategy: Strategy,
+    rows: Rows,
     latents: Tensor,
     logits: Tensor | None,
+    order: Sequence[int],
+    blocks: Sequence[slice | None],
     before: Tensor,
     running: Sequence[Running],
-) -> Tensor:
-    """latents (B, K, D), and logits if read, of the surviving blocks -> drafts (B, K'), NO_DRAFT beyond a row's own."""
-    drafts, confidences = before.new_empty((len(running), 0)), None
-    if latents.shape[1]:
-        sequences, places = [row.sequence for row in running], [row.place for row in running]
-        drafts, confidences = drafter(latents, before, sequences, places, logits)
-    for row in running:
-        row.drafts = min(row.drafts, drafts.shape[1])
-    drafts = strategy.drafted(running, drafts, confidences)
+) -> tuple[Tensor, Tensor | None]:
+    """Latents (B, Q, D) of a step, and logits (N, V) of its rows together if they were read -> drafts (B', K) of the
+    sequences that go on, and confidences.
+
+    order (B'): where these stood in the step; blocks: rows of the blocks that survived; before (B', 2): their last
+    tokens. Only the sequences that have a block pay for one.
+    """
+    there = [index for index, block in enumerate(blocks) if block is not None]
+    if not there:
+        return before.new_empty((len(running), 0)), None
+    own, former = [block for block in blocks if block is not None], [order[index] for index in there]
+    if former != list(range(len(latents))):
+        latents = latents[former]
+    read = None if logits is None else rows.read(logits, former, own)
+    sequences, places = [running[index].sequence for index in there], [running[index].place for index in there]
+    if len(there) == len(running):
+        return drafter(surviving(latents, own), before, sequences, places, read)
+    drafts, confidences = drafter(surviving(latents, own), before[there], sequences, places, read)
+
+    def spread(values: Tensor) -> Tensor:
+        found = values.new_zeros((len(running), values.shape[1]))
+        found[there] = values
+        return found
+
+    return spread(drafts), None if confidences is None else spread(confidences)
+
+
+def held(drafts: Tensor, running: Sequence[Running]) -> Tensor:
+    """drafts (B, K) -> the same, NO_DRAFT beyond those that a sequence has."""
     most = drafts.shape[1]
     if all(row.drafts == most for row in running):
         return drafts
-    held = torch.tensor([row.drafts for row in running], device=drafts.device)[:, None]
-    return drafts.masked_fill(torch.arange(most, device=drafts.device) >= held, NO_DRAFT)
+    count = torch.tensor([row.drafts for row in running], device=drafts.device)[:, None]
+    return drafts.masked_fill(torch.arange(most, device=drafts.device) >= count, NO_DRAFT)
 
 
 def prefill(model: MTPModel, prompts: Sequence[Tensor], cache: StaticCache) -> None:

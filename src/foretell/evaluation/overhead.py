@@ -24,10 +24,11 @@ from foretell.decoding.pick import Picker
 from foretell.errors import ForetellError
 from foretell.evaluation.step_cost import StepBench, alternate, now
 from foretell.layout import quadratic
-from foretell.lean import LeanSteps, Rows
+from foretell.lean import LeanSteps
 from foretell.model import MTPModel, step_attention
 from foretell.packed import PackedLinear
 from foretell.packed_rows import RoundRows
+from foretell.rows import Rows
 
 FORWARD, UNEMBED, DRAFT = "forward", "unembed", "draft"
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
