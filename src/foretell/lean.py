@@ -8,7 +8,7 @@ Whether a base is of that make is not read off its name but tried, on steps of i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import Cache, DynamicCache
 
+from foretell.attended import HeadNorms, Past, fits
 from foretell.attention import AttentionMask, attention_mask
+from foretell.decoding.cache import StaticLayer
 from foretell.packed import PackedLinear, PackedProduct
 from foretell.rows import Rows
 
@@ -73,10 +75,18 @@ class LeanSteps:
         self.types = list(types) if types else [None] * len(self.blocks)
         if len(self.types) != len(self.blocks) or len({block.head_size for block in self.blocks}) != 1:
             raise ValueError("layers of several kinds")
+        self._alike = len({(block.heads, block.shared, block.scaling) for block in self.blocks}) == 1
+        self._dtype = decoder.norm.weight.dtype
         # A hook of anyone's wants its module to be called.
         self._hooks = [
             hooks for module in decoder.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks)
         ]
+
+    @property
+    def attends(self) -> bool:
+        """Whether steps over a static cache can have the attention of `attended`."""
+        block = self.blocks[0]
+        return self._alike and fits(block.head_size, self._dtype)
 
     def can_run(self, rows: int, mask: AttentionMask | None) -> bool:
         """Whether they can do a step of so many rows: with a mask, or a single row, while nobody hooks in."""
@@ -92,11 +102,7 @@ class LeanSteps:
     ) -> Tensor:
         """(B, Q, E) at positions (B or 1, Q) -> z (B, Q, D); masks additive (B or 1, 1, Q, S), None for a single row
         that sees everything. With `rows` those that belong to sequences go through the linears together."""
-        cos, sin = (turn[:, :, None] for turn in self.rotary(embeddings, position_ids=positions))
-        half = self.blocks[0].head_size // 2
-        if cos.shape[-1] != 2 * half:
-            raise ValueError("only a part of each head is turned")
-        sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)  # the sign of the half that changes places
+        cos, sin = (turn[:, :, None] for turn in self._turns(embeddings, positions))
         masks: dict[int, Tensor] = {}
         x = embeddings if rows is None else rows.together(embeddings)[None]
         for block, kind in zip(self.blocks, self.types, strict=True):
@@ -108,6 +114,25 @@ class LeanSteps:
             x = block.latents(x, cos, sin, own, cache, rows)
         z = self.norm(x)
         return z if rows is None else rows.apart(z[0])
+
+
+    def _turns(self, embeddings: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine (B or 1, Q, D_head) of positions (B or 1, Q), the sine with the sign of the half that changes
+        places."""
+        cos, sin = self.rotary(embeddings, position_ids=positions)
+        half = self.blocks[0].head_size // 2
+        if cos.shape[-1] != 2 * half:
+            raise ValueError("only a part of each head is turned")
+        return cos, torch.cat((-sin[..., :half], sin[..., half:]), -1)
+
+    def attended(self, embeddings: Tensor, past: Past, layers: Sequence[StaticLayer]) -> Tensor:
+        """(1, N, E) of rows together -> z (1, N, D), where `attends`; their keys and values are then in the layers."""
+        first = self.blocks[0]
+        past.turn(*self._turns(embeddings, past.positions[None]), first.heads, first.scaling)
+        x = embeddings
+        for block, layer in zip(self.blocks, layers, strict=True):
+            x = block.attended(x, past, layer)
+        return self.norm(x)
 
 
 class LeanBlock:
@@ -126,9 +151,11 @@ class LeanBlock:
         self.out, self.down = joined(attention.o_proj), joined(mlp.down_proj)
         self.activation: Callable[[Tensor], Tensor] = mlp.act_fn.forward
         self.before, self.between = normed(block.input_layernorm), normed(block.post_attention_layernorm)
-        self.head_norms = None
+        self.head_norms, self.weights_of_norms = None, None
         if hasattr(attention, "q_norm"):
-            self.head_norms = normed(attention.q_norm), normed(attention.k_norm)
+            norms = attention.q_norm, attention.k_norm
+            self.head_norms = normed(norms[0]), normed(norms[1])
+            self.weights_of_norms = HeadNorms(*(norm.weight.detach() for norm in norms), norms[0].variance_epsilon)
         self.head_size, self.scaling = int(attention.head_dim), attention.scaling
         self.heads, self.shared = (size // self.head_size for size in self.qkv.sizes[:2])
         self.groups = self.heads // self.shared
@@ -155,6 +182,16 @@ class LeanBlock:
         seen = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=self.scaling)
         seen = seen.view(batch, self.heads, rows, self.head_size).transpose(1, 2)
         seen = seen.flatten(2) if together is None else together.together(seen).flatten(1)[None]
+        return self.behind(x, seen)
+
+    def attended(self, x: Tensor, past: Past, layer: StaticLayer) -> Tensor:
+        """x (1, N, D) -> (1, N, D)."""
+        made = self.qkv.make(self.before(x))
+        keys, values = layer.room(past.longest, self.shared, self.head_size, made)
+        return self.behind(x, past.attend(made, self.shared, keys, values, self.weights_of_norms))
+
+    def behind(self, x: Tensor, seen: Tensor) -> Tensor:
+        """What the attention of a layer saw, (..., heads * D_head), added to its x (..., D), and the MLP."""
         x = x + self.out.part(seen, 0)
         gate, up = self.gate_up.make(self.between(x)).split(self.gate_up.parts, -1)[:2]
         return x + self.down.part(self.activation(gate) * up, 0)

@@ -5,20 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from foretell.attended import MOST_ROWS, Past
 from foretell.attention import AttentionMask, additive, attention_mask
 from foretell.base import Base
 from foretell.captured import CapturedSteps
 from foretell.compiled import CompiledSteps
 from foretell.config import MTPConfig
+from foretell.decoding.cache import StaticCache
 from foretell.errors import ForetellError
 from foretell.gated_lora import GatedLoRA, adapted_modules
 from foretell.layout import RECURRING, Layout
+from foretell.lean import LeanSteps
 from foretell.rows import Rows
 from foretell.sampler import Sampler, make_sampler
 from foretell.support import check_supported, self_test
@@ -107,6 +110,9 @@ class MTPModel(nn.Module):
         shapes = {(layout.regular, layout.masks) for layout in layouts}
         if shapes != {(ids.shape[1], layouts[0].masks)} or len(layouts) != ids.shape[0]:
             raise ForetellError(f"ids of shape {tuple(ids.shape)} do not fit layouts of (R, M) {sorted(shapes)}")
+        rows = rows or Rows(layouts)
+        if (lean := self._attending(rows, cache)) is not None:
+            return self._attended(lean, ids, rows, cast(StaticCache, cache), lengths)
         embeddings = self.base.embed(ids)
         if layouts[0].masks:
             numbers = torch.stack([on_device(layout, self.base.device).mask_numbers for layout in layouts])
@@ -121,13 +127,28 @@ class MTPModel(nn.Module):
         positions, mask = step_attention(layouts, lengths, self.base, explicit)
         if compiled is not None and runs:
             return compiled.latents(embeddings, positions, mask, cache, lengths, layouts[0].regular)
-        rows = rows or Rows(layouts)
         together = len(lengths) > 1 and (layouts[0].masks > 0 or not rows.whole)
         if together and (lean := self.base.lean_for(embeddings.shape[1], mask)):
             with self.adapter.open(rows.first, rows.count):
                 return lean.latents(embeddings, positions, mask, cache, rows)
         with self.adapter.open(*gate):
             return self.base.latents(embeddings, positions, mask, cache)
+
+    def _attending(self, rows: Rows, cache: Cache) -> LeanSteps | None:
+        """Lean steps with an attention of their own, if they can do this one."""
+        base = self.base
+        if self.compiled is not None or base.lean is None or base.windowed or not isinstance(cache, StaticCache):
+            return None
+        return base.lean_for(1, None) if rows.width <= MOST_ROWS and base.lean.attends else None
+
+    def _attended(self, lean: LeanSteps, ids: Tensor, rows: Rows, cache: StaticCache, lengths: Sequence[int]) -> Tensor:
+        past = Past(rows, lengths, self.bidirectional)
+        embeddings = self.base.embed(rows.regular_together(ids))
+        if len(past.numbers):
+            masks = nn.functional.embedding(past.numbers, self.mask_vectors)
+            embeddings = torch.cat([embeddings, masks.to(embeddings.dtype)])
+        with self.adapter.open(rows.first, rows.count):
+            return rows.apart(lean.attended(embeddings[None], past, cache.layers)[0])
 
     @property
     def skips_filler(self) -> bool:

@@ -1,4 +1,4 @@
-"""The one piece of C++ of foretell, compiled by this machine's own compiler for its own processor, once.
+"""The C++ of foretell, compiled by this machine's own compiler for its own processor, once.
 
 Without a compiler, on another system than Linux or beside another OpenMP than PyTorch's nothing is missing but its
 speed. What was compiled is kept under `$XDG_CACHE_HOME/foretell/native` (`~/.cache` where that is not set).
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).parent / "streamed.cpp"
+SOURCES = [Path(__file__).parent / name for name in ("streamed.cpp", "attended.cpp", "vectors.h")]
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 PATIENCE = 120  # seconds for the compiler, which takes some five
 OPENMP = ("libgomp", "libomp", "libiomp")
@@ -78,13 +78,15 @@ def _folder() -> Iterator[Path]:
 
 def _compiled(compiler: list[str], folder: Path) -> Path:
     """The library's file there, from an earlier process if there was one on such a processor."""
-    known = hashlib.sha256(repr([SOURCE.read_text(), compiler, FLAGS, torch.__version__, _processor()]).encode())
+    texts = [source.read_text() for source in SOURCES]
+    known = hashlib.sha256(repr([texts, compiler, FLAGS, torch.__version__, _processor()]).encode())
     name = f"{known.hexdigest()[:24]}.so"
     path = folder / name
     if not path.is_file():
         part = folder / f"{name}.{os.getpid()}"
         try:
-            command = [*compiler, *FLAGS, str(SOURCE), "-o", str(part)]
+            units = [str(source) for source in SOURCES if source.suffix == ".cpp"]
+            command = [*compiler, *FLAGS, *units, "-o", str(part)]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE)
             part.replace(path)  # at once: another process may be at it, too
         finally:
@@ -111,6 +113,8 @@ def _load(path: Path) -> ctypes.CDLL:
         pointer, number, number, number, pointer, pointer, pointer, number,
         pointer, pointer, number, number, number, ctypes.c_float,
     ]  # fmt: skip
+    loaded.foretell_attend.restype = None
+    loaded.foretell_attend.argtypes = [pointer] * 7
     return loaded
 
 

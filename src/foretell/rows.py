@@ -42,6 +42,15 @@ class Rows:
         return torch.tensor(regular + masks)
 
     @cached_property
+    def order(self) -> Tensor:
+        """(N,) int64: where the rows of each sequence lie together, sequence after sequence."""
+        order, regular, mask = [], 0, self.first
+        for layout in self.layouts:
+            order += [*range(regular, regular + layout.regular), *range(mask, mask + layout.masks)]
+            regular, mask = regular + layout.regular, mask + layout.masks
+        return torch.tensor(order)
+
+    @cached_property
     def places(self) -> Tensor:
         """(B, Q) int64: where the rows apart lie among those together; filler is any of them."""
         places = torch.zeros(self.sequences * self.width, dtype=torch.long)
@@ -50,10 +59,10 @@ class Rows:
 
     def together(self, apart: Tensor) -> Tensor:
         """(B, Q, ...) -> (N, ...), of one sequence a view."""
-        if not self.whole:
-            return apart.flatten(0, 1).index_select(0, self._taken.to(apart.device))
         if self.sequences == 1:
             return apart[0]
+        if not self.whole:
+            return apart.flatten(0, 1).index_select(0, self._taken.to(apart.device))
         out = apart.new_empty(self.count, *apart.shape[2:])
         regular, masks = apart.split((self.regular, self.masks), 1)
         out[: self.first].view(regular.shape).copy_(regular)
@@ -61,7 +70,9 @@ class Rows:
         return out
 
     def apart(self, together: Tensor) -> Tensor:
-        """(N, ...) -> (B, Q, ...)."""
+        """(N, ...) -> (B, Q, ...), of one sequence a view."""
+        if self.sequences == 1:
+            return together[None]
         if not self.whole:
             spread = together.index_select(0, self.places.flatten().to(together.device))
             return spread.unflatten(0, (self.sequences, self.width))
@@ -74,6 +85,12 @@ class Rows:
             return together.unflatten(0, (self.sequences, self.regular))
         spread = together.index_select(0, self.places[:, : self.regular].flatten().to(together.device))
         return spread.unflatten(0, (self.sequences, self.regular))
+
+    def regular_together(self, apart: Tensor) -> Tensor:
+        """Regular rows (B, R) -> (first,)."""
+        if self.whole:
+            return apart.flatten()
+        return torch.cat([own[: layout.regular] for own, layout in zip(apart, self.layouts, strict=True)])
 
     def of_own(self, drafts: Tensor, none: int) -> Tensor:
         """Drafts (B, m) of regular rows 1..m -> the same, `none` where the row is filler."""

@@ -12,23 +12,19 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
-#include <cstring>
 #include <memory>
 #include <utility>
 
-// LANES numbers are in one of the processor's REGISTERS; up to MOST_ROWS rows pass together, each with a sum in one.
+#include "vectors.h"
+
 #if defined(__AVX512F__)
 #include <immintrin.h>
-#define LANES 16
-#define REGISTERS 32
+#endif
+
+// So many rows pass together, each with a sum in a register.
+#if defined(__AVX512F__)
 #define MOST_ROWS 28
-#elif defined(__AVX2__)
-#define LANES 8
-#define REGISTERS 16
-#define MOST_ROWS 12
 #else
-#define LANES 4
-#define REGISTERS 16
 #define MOST_ROWS 12
 #endif
 
@@ -38,9 +34,6 @@ constexpr long AHEAD = 4096;     // bytes of a stream
 constexpr long SMALL = 1 << 15;  // multiplications that are not worth a second thread
 constexpr long MOST_AT_ONCE = 1024;  // rows: those of a long prompt are not all put in order at the same time
 constexpr long CHUNK = 64;       // pairs of numbers of the rows that one thread reorders at a time
-
-typedef float Floats __attribute__((vector_size(4 * LANES)));
-typedef uint32_t Words __attribute__((vector_size(4 * LANES)));  // pairs of bfloat16 numbers, or bits of floats
 
 #if defined(__AVX512BF16__)
 // bfloat16 rows: the processor's own products of pairs, which it sums in float32.
@@ -120,20 +113,6 @@ struct Groups {
   long size(long group) const { return first(group + 1) - first(group); }
   long largest() const { return (rows + count - 1) / count; }
 };
-
-inline float widened(uint16_t half) {
-  const uint32_t bits = static_cast<uint32_t>(half) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-inline Words rounded(Floats values) {  // to bfloat16, the nearest and of two the even
-  const Words bits = (Words)values;
-  return (values == values) ? (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16 : Words{} + 0x7fc0u;
-}
-
-inline uint32_t rounded(float value) { return rounded(Floats{value})[0]; }
 
 // Rows as a pass reads them: (groups, pairs, rows of the group) pairs, or (groups, 2 pairs, rows of the group) numbers.
 // `get` gives the number of a row in a column; which pairs, and of which group.

@@ -69,6 +69,16 @@ class StaticLayer(CacheLayerMixin):
                 states.view(-1, states.shape[3]).index_copy_(0, index, new.reshape(-1, states.shape[3]))
         return self.keys[:batch, :, :end], self.values[:batch, :, :end]
 
+    def room(self, end: int, heads: int, size: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B or more, heads, capacity, size), which have room up to column `end`; of the dtype of `like`
+        if there were none yet. Whoever writes into them does what `update` would."""
+        if not self.is_initialized:
+            none = like.new_empty(len(self.lengths), heads, 0, size)
+            self.lazy_initialization(none, none)
+        if end > self.keys.shape[2]:
+            self._grow(end)
+        return self.keys, self.values
+
     def _grow(self, needed: int) -> None:
         """Doubles, for callers that could not foresee the length."""
         kept, self.capacity = self.keys.shape[2], max(needed, 2 * self.keys.shape[2])
