@@ -14,10 +14,12 @@ from torch import Tensor
 from transformers import Cache
 
 from foretell import mapped
+from foretell.attended import Past
 from foretell.attention import AttentionMask
 from foretell.base import Base
 from foretell.config import DecodeConfig
 from foretell.decoding import loop
+from foretell.decoding.cache import StaticLayer
 from foretell.decoding.draft import Drafter, SamplerDrafter
 from foretell.decoding.generate import MTPForCausalLM
 from foretell.decoding.pick import Picker
@@ -145,6 +147,10 @@ class TimedLean(LeanSteps):
     ) -> Tensor:
         with self.watch.section(FORWARD):
             return super().latents(embeddings, positions, mask, cache, rows)
+
+    def attended(self, embeddings: Tensor, past: Past, layers: Sequence[StaticLayer]) -> Tensor:
+        with self.watch.section(FORWARD):
+            return super().attended(embeddings, past, layers)
 
 
 @contextmanager
