@@ -24,8 +24,8 @@ from streams import CHAT
 from torch import Tensor
 
 import foretell
+from foretell.cache import StaticCache
 from foretell.config import DecodeConfig
-from foretell.decoding.cache import StaticCache
 from foretell.decoding.calibration import Experience
 from foretell.decoding.costs import Costs, of_batch, plain_steps
 from foretell.decoding.draft import SamplerDrafter

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from foretell.cache import StaticCache
 from foretell.config import STRATEGIES, DecodeConfig
-from foretell.decoding.cache import StaticCache
 from foretell.decoding.draft import SamplerDrafter
 from foretell.decoding.loop import Step, steps
 from foretell.decoding.pick import Picker

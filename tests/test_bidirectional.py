@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from foretell.cache import StaticCache
 from foretell.config import STRATEGIES
-from foretell.decoding.cache import StaticCache
 from foretell.decoding.loop import prefill
 from foretell.layout import Block, Layout, quadratic
 from foretell.training.two_pass import mask_pass, one_pass, regular_pass, visibility

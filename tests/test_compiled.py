@@ -18,9 +18,9 @@ import foretell
 from foretell import cli, compiled
 from foretell.base import Base
 from foretell.block_graph import Call, Parts, Traced
+from foretell.cache import StaticCache
 from foretell.compiled import Form
 from foretell.config import STRATEGIES, MTPConfig
-from foretell.decoding.cache import StaticCache
 from foretell.decoding.compiling import compile_steps
 from foretell.decoding.generate import MTPForCausalLM
 from foretell.layout import linear

@@ -11,8 +11,8 @@ from torch import nn
 from foretell import fused_lora, gated_lora
 from foretell import packed as packed_module
 from foretell.base import Base
+from foretell.cache import StaticCache
 from foretell.config import MTPConfig
-from foretell.decoding.cache import StaticCache
 from foretell.decoding.generate import MTPForCausalLM
 from foretell.fused_lora import FusedLowRank
 from foretell.gated_lora import LowRank

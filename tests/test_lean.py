@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from foretell.base import Base
+from foretell.cache import StaticCache
 from foretell.config import MTPConfig
-from foretell.decoding.cache import StaticCache
 from foretell.decoding.compiling import compile_steps
 from foretell.decoding.generate import MTPForCausalLM
 from foretell.layout import Layout, linear, plain, quadratic

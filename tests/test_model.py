@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from foretell.base import Base
+from foretell.cache import StaticCache
 from foretell.config import MTPConfig
-from foretell.decoding.cache import StaticCache
 from foretell.errors import ForetellError
 from foretell.layout import Block, Layout, linear, plain, quadratic
 from foretell.model import CACHED, MTPModel, step_attention

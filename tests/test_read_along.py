@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from foretell.cache import StaticCache
 from foretell.config import STRATEGIES, DecodeConfig
 from foretell.decoding import loop
-from foretell.decoding.cache import StaticCache
 from foretell.decoding.pick import Picker
 from foretell.layout import Layout, linear, plain
 from foretell.model import _additive, _on_device

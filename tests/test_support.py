@@ -10,8 +10,8 @@ import transformers as hf
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from foretell.base import Base
+from foretell.cache import StaticCache
 from foretell.config import MTPConfig
-from foretell.decoding.cache import StaticCache
 from foretell.errors import ForetellError
 from foretell.gated_lora import adapted_linears, mixtures
 from foretell.layout import quadratic

@@ -18,7 +18,7 @@ from transformers import Cache, DynamicCache
 
 from foretell.attended import HeadNorms, Past, fits
 from foretell.attention import AttentionMask, attention_mask
-from foretell.decoding.cache import StaticLayer
+from foretell.cache import StaticLayer
 from foretell.packed import PackedLinear, PackedProduct
 from foretell.rows import Rows
 
@@ -115,7 +115,6 @@ class LeanSteps:
         z = self.norm(x)
         return z if rows is None else rows.apart(z[0])
 
-
     def _turns(self, embeddings: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine (B or 1, Q, D_head) of positions (B or 1, Q), the sine with the sign of the half that changes
         places."""
@@ -155,7 +154,8 @@ class LeanBlock:
         if hasattr(attention, "q_norm"):
             norms = attention.q_norm, attention.k_norm
             self.head_norms = normed(norms[0]), normed(norms[1])
-            self.weights_of_norms = HeadNorms(*(norm.weight.detach() for norm in norms), norms[0].variance_epsilon)
+            of_query, of_key = (norm.weight.detach() for norm in norms)
+            self.weights_of_norms = HeadNorms(of_query, of_key, norms[0].variance_epsilon)
         self.head_size, self.scaling = int(attention.head_dim), attention.scaling
         self.heads, self.shared = (size // self.head_size for size in self.qkv.sizes[:2])
         self.groups = self.heads // self.shared

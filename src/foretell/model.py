@@ -14,10 +14,10 @@ from transformers import Cache
 from foretell.attended import MOST_ROWS, Past
 from foretell.attention import AttentionMask, additive, attention_mask
 from foretell.base import Base
+from foretell.cache import StaticCache
 from foretell.captured import CapturedSteps
 from foretell.compiled import CompiledSteps
 from foretell.config import MTPConfig
-from foretell.decoding.cache import StaticCache
 from foretell.errors import ForetellError
 from foretell.gated_lora import GatedLoRA, adapted_modules
 from foretell.layout import RECURRING, Layout

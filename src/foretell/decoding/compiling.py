@@ -11,9 +11,9 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from foretell.cache import StaticCache
 from foretell.captured import CapturedSteps
 from foretell.compiled import CompiledSteps
-from foretell.decoding.cache import StaticCache
 from foretell.errors import ForetellError
 from foretell.layout import Layout, linear, plain, quadratic
 from foretell.model import MTPModel

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from foretell import __version__
+from foretell.cache import StaticCache
 from foretell.config import DecodeConfig
-from foretell.decoding.cache import StaticCache
 from foretell.decoding.calibration import Floats
 from foretell.decoding.draft import draft, reads_along, shortlist_size
 from foretell.decoding.pick import Picker
@@ -252,7 +252,7 @@ def _step(
     """
     ids = torch.zeros((batch, layout.regular), dtype=torch.long, device=model.base.device)
     latents = model.step(ids, [layout] * batch, cache, cache.lengths)
-    along = reads_along(model, config, layout.masks)
+    along = reads_along(model, config, [layout] * batch)
     logits = model.base.unembed(latents if along else latents[:, : layout.regular])
     rows, place = range(batch * layout.regular), next(fresh)
     places = [0 if row % layout.regular else place for row in rows]

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from foretell.config import DecodeConfig
 from foretell.decoding.pick import Picker, first_largest
+from foretell.layout import Layout
 from foretell.model import MTPModel
 from foretell.packed import PackedLinear
 from foretell.sampler import Sampler
 
 SHORTLIST, SHORTLIST_FROM = 64, 2**22  # tokens; numbers of an unembedding
-ALONG = 2  # blocks' worth of masks
+BEYOND = 16  # rows of an unembedding that cost less than to read it once more
 UNSEEN_SWEEPS = 5  # over a chain, where looking whether it has settled would stall the queue
 LEAST_REACH = 0.25  # chance of drafts up to one that has changed, below which those behind it may stay
 
@@ -96,12 +97,13 @@ def shortlist_size(model: MTPModel, shortlist: int | None) -> int:
     return shortlist
 
 
-def reads_along(model: MTPModel, config: DecodeConfig, masks: int) -> bool:
-    """Whether a step that hangs so many masks reads their logits along with those of the regular rows.
+def reads_along(model: MTPModel, config: DecodeConfig, layouts: Sequence[Layout]) -> bool:
+    """Whether a step of these layouts reads the logits of its masks along with those of the regular rows.
 
     One read of the unembedding then serves both. With more masks the rows that do not survive would cost more.
     """
-    return masks <= ALONG * (config.masks or model.max_masks)
+    most = config.masks or model.max_masks
+    return sum(max(0, layout.masks - most) for layout in layouts) <= BEYOND
 
 
 def draft(

@@ -10,8 +10,8 @@ from itertools import chain, islice
 import torch
 from torch import Tensor
 
+from foretell.cache import StaticCache
 from foretell.config import DecodeConfig
-from foretell.decoding.cache import StaticCache
 from foretell.decoding.draft import Drafter, SamplerDrafter, reads_along
 from foretell.decoding.pick import Picker, first_largest
 from foretell.decoding.planning import strategy_of
@@ -117,7 +117,7 @@ def refilled_steps(
             else:
                 latents = model.step(ids, layouts, cache, cache.lengths, rows)
             # What the unembedding reads is most of its cost, so few masks are read along with the regular rows.
-            along = reads_along(model, config, rows.masks)
+            along = reads_along(model, config, rows.layouts)
             read = rows.together(latents)
             logits = model.base.unembed(read if along else read[: rows.first])
             choices = rows.of_regular(pick_choices(picker, logits[: rows.first], running, drafts, rows))
@@ -166,12 +166,12 @@ def refilled_steps(
                 fresh = StaticCache(len(model.base.blocks), longest, len(joining))
                 prefill(model, [prompt for _, prompt in joining], fresh)
                 cache.join(fresh)
-                rows, last = started(joining, config)
+                joined, last = started(joining, config)
                 # What joins has no drafts yet.
-                none = drafts.new_full((len(rows), drafts.shape[1]), NO_DRAFT)
+                none = drafts.new_full((len(joined), drafts.shape[1]), NO_DRAFT)
                 drafts = torch.cat([drafts, none]) if running else none
                 x = torch.cat([x, last]) if running else last
-                running = running + rows
+                running = running + joined
     finally:
         # Also after an error or half a text: the base goes on without hooks.
         if model.adapter.gated:

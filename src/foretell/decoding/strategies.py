@@ -56,9 +56,7 @@ class Strategy(Protocol):
         """
         ...
 
-    def took(
-        self, layout: Layout, seconds: float | None, drafting: float = 0.0, width: float | None = None
-    ) -> None:
+    def took(self, layout: Layout, seconds: float | None, drafting: float = 0.0, width: float | None = None) -> None:
         """The last step, of the layout that all sequences had in common, took so long with the drafting behind it,
         which took `drafting` of that; None if that can't be compared, as it read the prompts too. A sequence had
         `width` rows on average, if there was no filler."""
@@ -81,9 +79,7 @@ class Fixed:
     def drafted(self, running: Sequence[Running], drafts: Tensor, confidences: Tensor | None) -> Tensor:
         return drafts
 
-    def took(
-        self, layout: Layout, seconds: float | None, drafting: float = 0.0, width: float | None = None
-    ) -> None:
+    def took(self, layout: Layout, seconds: float | None, drafting: float = 0.0, width: float | None = None) -> None:
         pass
 
 
@@ -176,9 +172,7 @@ class Adaptive:
         most = max(len(own) for own, _ in chosen)
         return torch.tensor([own + [0] * (most - len(own)) for own, _ in chosen], device=drafts.device)
 
-    def took(
-        self, layout: Layout, seconds: float | None, drafting: float = 0.0, width: float | None = None
-    ) -> None:
+    def took(self, layout: Layout, seconds: float | None, drafting: float = 0.0, width: float | None = None) -> None:
         if self.planning is None:
             return
         if seconds is None:

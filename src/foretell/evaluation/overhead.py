@@ -17,17 +17,17 @@ from foretell import mapped
 from foretell.attended import Past
 from foretell.attention import AttentionMask
 from foretell.base import Base
+from foretell.cache import StaticLayer
 from foretell.config import DecodeConfig
 from foretell.decoding import loop
-from foretell.decoding.cache import StaticLayer
 from foretell.decoding.draft import Drafter, SamplerDrafter
 from foretell.decoding.generate import MTPForCausalLM
 from foretell.decoding.pick import Picker
 from foretell.errors import ForetellError
 from foretell.evaluation.step_cost import StepBench, alternate, now
-from foretell.layout import quadratic
+from foretell.layout import plain, quadratic
 from foretell.lean import LeanSteps
-from foretell.model import MTPModel, step_attention
+from foretell.model import MTPModel
 from foretell.packed import PackedLinear
 from foretell.packed_rows import RoundRows
 from foretell.rows import Rows
@@ -248,15 +248,12 @@ def profiled_steps(
 
 @torch.inference_mode()
 def adapter_seconds(model: MTPModel, masks: int, context: int, rounds: int) -> float:
-    """What the open gate adds to a quadratic step's forward."""
+    """What the open gate adds to the forward of a quadratic step: one of as many tokens leaves it closed."""
     bench, layout = StepBench(model, context), quadratic(masks, masks)
-    rows = bench.ids(layout.width)
-
-    def closed() -> Tensor:
-        positions, mask = step_attention([layout], bench.lengths, model.base)
-        return model.base.latents(model.base.embed(rows), positions, mask, bench.cache)
-
-    found = alternate({"open": lambda: bench.forward(layout), "closed": closed}, bench.device, rounds)
+    tokens = plain(layout.width)
+    found = alternate(
+        {"open": lambda: bench.forward(layout), "closed": lambda: bench.forward(tokens)}, bench.device, rounds
+    )
     return statistics.median(o - c for o, c in zip(found["open"], found["closed"], strict=True))
 
 

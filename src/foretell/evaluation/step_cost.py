@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foretell.decoding.cache import StaticCache
+from foretell.cache import StaticCache
 from foretell.decoding.draft import draft
 from foretell.decoding.pick import first_largest
 from foretell.decoding.verify import decide

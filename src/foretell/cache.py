@@ -70,8 +70,8 @@ class StaticLayer(CacheLayerMixin):
         return self.keys[:batch, :, :end], self.values[:batch, :, :end]
 
     def room(self, end: int, heads: int, size: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (B or more, heads, capacity, size), which have room up to column `end`; of the dtype of `like`
-        if there were none yet. Whoever writes into them does what `update` would."""
+        """Keys and values (B or more, heads, capacity, size) with room up to column `end`, of the dtype of `like` if
+        there were none yet. Whoever writes into them does what `update` would."""
         if not self.is_initialized:
             none = like.new_empty(len(self.lengths), heads, 0, size)
             self.lazy_initialization(none, none)
