@@ -34,7 +34,8 @@ struct Step {
 
 namespace {
 
-constexpr long CHUNK = 128;  // columns
+constexpr long CHUNK = 128;     // columns
+constexpr long LARGEST = 1024;  // numbers of a head
 constexpr long SMALL = 1 << 14;  // multiplications that are not worth a second thread
 constexpr float NOTHING = -INFINITY;
 
@@ -105,7 +106,7 @@ inline Floats as_kept(Floats values) {  // as they are once they were written do
 template <class T, class Out>
 void turned(const Step& step, const T* head, const T* norm, long row, Out* out) {
   const long size = step.size, half = size / 2;
-  float values[1024];
+  float values[2 * LARGEST];  // twice one behind the other, so that halves change places by where one begins
   if (norm) {
     Floats squares{};
     for (long i = 0; i < size; i += LANES) squares += load(head + i) * load(head + i);
@@ -116,10 +117,11 @@ void turned(const Step& step, const T* head, const T* norm, long row, Out* out) 
   } else {
     for (long i = 0; i < size; i += LANES) store(values + i, load(head + i));
   }
+  std::memcpy(values + size, values, size * sizeof(float));
   const T* cosine = static_cast<const T*>(step.cosine) + row * size;
   const T* sine = static_cast<const T*>(step.sine) + row * size;
   for (long i = 0; i < size; i += LANES) {
-    const Floats other = load(values + (i < half ? i + half : i - half));
+    const Floats other = load(values + i + half);
     const Floats own = as_kept<T>(load(values + i) * load(cosine + i));
     store(out + i, as_kept<T>(own + as_kept<T>(other * load(sine + i))));
   }
@@ -261,7 +263,8 @@ template <class T>
 void combined(const std::vector<Part>& parts, long begin, long end, long row, long size, T* out) {
   float most = NOTHING, sum = 0.0f;
   for (long part = begin; part < end; part++) most = std::max(most, parts[part].most[row]);
-  float factors[end - begin];
+  static thread_local std::vector<float> factors;
+  factors.resize(end - begin);
   for (long part = begin; part < end; part++) {
     const float share = parts[part].most[row];
     factors[part - begin] = share > NOTHING ? std::exp(share - most) : 0.0f;
