@@ -33,10 +33,11 @@ from foretell.decoding.generate import MTPForCausalLM
 from foretell.decoding.pausing import Pause
 from foretell.decoding.pick import Picker
 from foretell.decoding.planner import Planner
-from foretell.decoding.strategies import Adaptive, Fixed, Running, Strategy, aligned
+from foretell.decoding.strategies import Adaptive, Fixed, Running, Strategy
 from foretell.evaluation.measure import encode_prompts
 from foretell.evaluation.prompts import load_prompts
 from foretell.layout import linear
+from foretell.rows import aligned
 
 RESULT = Path(__file__).parent / "results" / "recorded.json"
 NOISE, CHAINS = 0.05, 0.25  # deviations of the logarithms of steps and of chains

@@ -12,9 +12,8 @@ from torch.nn import functional as F
 from foretell import native
 from foretell.attended import HeadNorms, Past
 from foretell.cache import StaticCache
-from foretell.decoding.strategies import aligned
 from foretell.layout import Layout, linear, plain, quadratic
-from foretell.rows import Rows
+from foretell.rows import Rows, aligned
 
 from .lying import lying
 from .models import tiny_lm, tiny_model
@@ -53,7 +52,9 @@ class Case:
         sine = angles.sin()
         return torch.cat([angles.cos()] * 2, 1)[None].to(self.dtype), torch.cat([-sine, sine], 1)[None].to(self.dtype)
 
-    def attend(self, made: Tensor, own: Sequence[Layout], lengths: Sequence[int], kept: tuple[Tensor, Tensor]) -> Tensor:
+    def attend(
+        self, made: Tensor, own: Sequence[Layout], lengths: Sequence[int], kept: tuple[Tensor, Tensor]
+    ) -> Tensor:
         past = Past(Rows(own), lengths, False)
         past.turn(*self.turns(past.positions), self.heads, self.size**-0.5)
         return past.attend(made, self.shared, *kept, self.norms)

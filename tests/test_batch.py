@@ -14,9 +14,9 @@ from foretell.decoding.draft import SamplerDrafter
 from foretell.decoding.loop import Step, steps
 from foretell.decoding.pick import Picker
 from foretell.decoding.stopping import Stop
-from foretell.decoding.strategies import aligned
 from foretell.errors import ForetellError
 from foretell.layout import Block, Layout, linear, plain, quadratic
+from foretell.rows import aligned
 
 from .fitted import fitted
 from .models import CONFIGS, VOCAB, random_prompt, reference, tiny_model

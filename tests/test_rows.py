@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from foretell.decoding.strategies import aligned
 from foretell.layout import Layout, linear, plain, quadratic
-from foretell.rows import Rows, surviving
+from foretell.rows import Rows, aligned, surviving
 
 STEPS = [
     [linear(0, 3)],

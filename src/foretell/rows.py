@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from foretell.layout import Layout
+from foretell.layout import Block, Layout
 
 
 class Rows:
@@ -122,3 +122,19 @@ def surviving(rows: Tensor, blocks: Sequence[slice]) -> Tensor:
     offsets = torch.minimum(torch.arange(max(sizes), device=rows.device), last)
     places = torch.tensor(starts, device=rows.device)[:, None] + offsets
     return rows[torch.arange(len(blocks), device=rows.device)[:, None], places]
+
+
+def aligned(layouts: Sequence[Layout], masks: int) -> list[Layout]:
+    """The same layouts, filled up to one common number of regular and mask rows, so that they make one batch.
+
+    Regular filler comes after the sequence's own drafts; mask filler are more blocks after token 0, of at most `masks`.
+    """
+    regular, total = max(layout.regular for layout in layouts), max(layout.masks for layout in layouts)
+    filled = []
+    for layout in layouts:
+        missing = total - layout.masks
+        filler = (Block(0, min(masks, missing - start)) for start in range(0, missing, masks))
+        filled.append(
+            Layout(regular, layout.blocks + tuple(filler)) if missing or regular != layout.regular else layout
+        )
+    return filled

@@ -78,7 +78,7 @@ class Correction:
         self._known: Fit | None = None
         self._news = 0  # steps since then
 
-    def took(self, width: int, share: float, now: int = 0) -> None:
+    def took(self, width: float, share: float, now: int = 0) -> None:
         """A step of so many rows took this share of the seconds measured for it; `now`: steps of any kind so far."""
         self._steps.append((math.log(width), math.log(share), now))
         self._news += 1

@@ -29,6 +29,7 @@ from foretell.decoding.pick import Picker
 from foretell.hardware import device_name
 from foretell.layout import Block, Layout, linear, plain
 from foretell.model import MTPModel
+from foretell.rows import Rows, aligned
 
 CONTEXT = 256  # tokens in the cache while steps are timed
 REGULAR_WIDTHS = (1, 2, 3, 5, 9)
@@ -44,12 +45,13 @@ TOLERANCE = 0.15  # of their ratios
 class Costs:
     """Seconds of a step without masks and with masks, by width Q, and of the sampler chain, by masks.
 
-    Each is a table {width: seconds}: interpolated between its entries, beyond them extrapolated by the last slope.
+    Each is a table {width: seconds}: interpolated between its entries, beyond them extrapolated by the last slope. Of
+    several sequences the width is their mean.
     """
 
-    regular: dict[int, float]
-    masked: dict[int, float]
-    drafts: dict[int, float]
+    regular: dict[float, float]
+    masked: dict[float, float]
+    drafts: dict[float, float]
 
     def scaled(self, factor: float) -> Costs:
         """All so many times as dear."""
@@ -63,6 +65,11 @@ class Costs:
         seconds = interpolated(self.masked, drafts + 1 + hung)
         seconds[:, 0] = interpolated(self.regular, drafts[:, 0] + 1)
         return seconds
+
+    def by_rows(self, sequences: int, masks: int) -> tuple[Floats, Floats]:
+        """Seconds of steps without and with masks by their rows in all, beyond one of each sequence."""
+        widths = np.arange(sequences, sequences * (masks + 1) ** 2 + 1) / sequences
+        return interpolated(self.regular, widths), interpolated({1: self.regular[1] * UNTIMED, **self.masked}, widths)
 
     def drafting(self, masks: int) -> Floats:
         """(k+1,): seconds of making n drafts."""
@@ -91,7 +98,7 @@ def of_batch(tables: Mapping[int, Costs], sequences: int) -> Costs:
         return tables[below]
     share = (sequences - below) / (above - below)
 
-    def between(kind: str) -> dict[int, float]:
+    def between(kind: str) -> dict[float, float]:
         one, other = getattr(tables[below], kind), getattr(tables[above], kind)
         return {width: (1 - share) * one[width] + share * other[width] for width in one if width in other}
 
@@ -104,13 +111,13 @@ def plain_steps(tables: Mapping[int, Costs], sequences: int) -> Floats:
     return np.interp(np.arange(1, sequences + 1), sizes, [tables[size].regular[1] for size in sizes])
 
 
-def interpolated(table: dict[int, float], at: NDArray[np.int64]) -> Floats:
+def interpolated(table: dict[float, float], at: NDArray[np.int64] | Floats) -> Floats:
     """A table's values at `at`, never falling with the width.
 
     Where a wider step seems faster, the narrower one was disturbed while it was timed: nothing makes steps faster.
     """
-    widths = np.array(sorted(table), dtype=float)
-    seconds = np.minimum.accumulate(np.array([table[int(width)] for width in widths])[::-1])[::-1]
+    widths, known = np.array(sorted(table.items()), dtype=float).T
+    seconds = np.minimum.accumulate(known[::-1])[::-1]
     values = np.interp(at, widths, seconds)
     if len(widths) > 1:
         slope = (seconds[-1] - seconds[-2]) / (widths[-1] - widths[-2])
@@ -147,7 +154,7 @@ def _read(path: Path) -> Costs | None:
     """None if there is no file or it is no use."""
     try:
         tables = json.loads(path.read_text(encoding="utf-8"))["seconds"]
-        return Costs(**{name: {int(w): float(s) for w, s in table.items()} for name, table in tables.items()})
+        return Costs(**{name: {float(w): float(s) for w, s in table.items()} for name, table in tables.items()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -173,7 +180,8 @@ def _key(model: MTPModel, config: DecodeConfig, batch: int) -> str:
     facts = [
         __version__, torch.__version__, model.base.fingerprint(), model.base.packed, model.base.dtype, device.type,
         model.compiled is not None, machine, platform.machine(), torch.get_num_threads(), model.config.to_dict(), batch,
-        config.masks, config.use_sampler, shortlist_size(model, config.shortlist), config.temperature > 0,
+        model.skips_filler, config.masks, config.use_sampler, shortlist_size(model, config.shortlist),
+        config.temperature > 0,
     ]  # fmt: skip
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
 
@@ -196,13 +204,19 @@ def measure(model: MTPModel, config: DecodeConfig, batch: int = 1, widths: Seque
     if model.base.max_columns is not None:
         room = min(room, model.base.max_columns - context)
     regular, masked = (REGULAR_WIDTHS, (*MASKED_WIDTHS, room)) if widths is None else (widths[:1], widths[1:])
-    layouts: dict[tuple[str, int], Layout] = {("regular", w): plain(w) for w in regular if w <= masks + 1}
-    layouts |= {("masked", w): masked_layout(w, masks) for w in sorted(set(masked)) if 2 <= w <= room}
+    layouts = {("regular", float(w)): [plain(w)] * batch for w in regular if w <= masks + 1}
+    layouts |= {("masked", float(w)): [masked_layout(w, masks)] * batch for w in sorted(set(masked)) if 2 <= w <= room}
+    if widths is None and batch > 1 and model.skips_filler:  # up to how many rows more cost nothing lies in between
+        some, others = batch // 2, [plain()] * (batch - batch // 2)
+        layouts |= {
+            ("regular", 1 + some / batch): [plain(2)] * some + others,
+            ("masked", 1 + some / batch): [linear(0, 1)] * some + others,
+        }
     picker, fresh = Picker(config), itertools.count(1)
-    tasks: dict[tuple[str, int], Callable[[], object]] = {
-        key: partial(_step, model, config, picker, fresh, layout, cache, batch) for key, layout in layouts.items()
+    tasks: dict[tuple[str, float], Callable[[], object]] = {
+        key: partial(_step, model, config, picker, fresh, own, cache) for key, own in layouts.items()
     }
-    seconds: dict[tuple[str, int], list[float]] = defaultdict(list)
+    seconds: dict[tuple[str, float], list[float]] = defaultdict(list)
     start = time.perf_counter()
     for round in range(ROUNDS + 1):
         # Of real masks, others in every round and sequence: how often a chain must be gone over depends on them, and
@@ -219,7 +233,7 @@ def measure(model: MTPModel, config: DecodeConfig, batch: int = 1, widths: Seque
                 seconds[key].append(spent)
         if round >= 2 and time.perf_counter() - start > BUDGET * round / (round + 1):
             break
-    tables: dict[str, dict[int, float]] = {"regular": {}, "masked": {}, "drafts": {}}
+    tables: dict[str, dict[float, float]] = {"regular": {}, "masked": {}, "drafts": {}}
     for (name, width), values in seconds.items():
         usual = len(values) // 2 if name == "drafts" else len(values) // 4  # chains differ, not only disturbances
         tables[name][width] = sorted(values)[usual] * (UNTIMED if name == "masked" else 1.0)
@@ -242,28 +256,28 @@ def _step(
     config: DecodeConfig,
     picker: Picker,
     fresh: Iterator[int],
-    layout: Layout,
+    own: Sequence[Layout],
     cache: StaticCache,
-    batch: int,
 ) -> None:
-    """As the loop does one; a surviving block whose logits were not read along is read here.
+    """As the loop does one; surviving blocks whose logits were not read along are read here.
 
     Of each sequence one place has not been drawn for before, as if the drafts had been at the others.
     """
-    ids = torch.zeros((batch, layout.regular), dtype=torch.long, device=model.base.device)
-    latents = model.step(ids, [layout] * batch, cache, cache.lengths)
-    along = reads_along(model, config, [layout] * batch)
-    logits = model.base.unembed(latents if along else latents[:, : layout.regular])
-    rows, place = range(batch * layout.regular), next(fresh)
-    places = [0 if row % layout.regular else place for row in rows]
-    picker.pick(logits[:, : layout.regular].flatten(0, 1).float(), rows, places).tolist()
+    masks, rows = config.masks or model.max_masks, Rows(own)
+    ids = torch.zeros((rows.sequences, rows.regular), dtype=torch.long, device=model.base.device)
+    latents = rows.together(model.step(ids, aligned(own, masks), cache, cache.lengths, rows))
+    along = reads_along(model, config, own)
+    logits = model.base.unembed(latents if along else latents[: rows.first])
+    place = next(fresh)
+    places = [0 if row else place for layout in own for row in range(layout.regular)]
+    picker.pick(logits[: rows.first].float(), range(rows.first), places).tolist()
     if not along:
-        model.base.unembed(latents[:, : config.masks or model.max_masks])
+        model.base.unembed(latents[: rows.sequences * masks])
 
 
 def _drafting(
     model: MTPModel, config: DecodeConfig, token: Tensor, cache: StaticCache
-) -> dict[tuple[str, int], Callable[[], object]]:
+) -> dict[tuple[str, float], Callable[[], object]]:
     """Making 1 to k drafts behind this token (B, 1), if the step reads what it can along (see `_step`)."""
     masks, batch = config.masks or model.max_masks, len(token)
     latents = model.step(token, [linear(0, masks)] * batch, cache, cache.lengths)[:, 1:]

@@ -16,11 +16,11 @@ from foretell.decoding.draft import Drafter, SamplerDrafter, reads_along
 from foretell.decoding.pick import Picker, first_largest
 from foretell.decoding.planning import strategy_of
 from foretell.decoding.stopping import Stop
-from foretell.decoding.strategies import Running, Strategy, aligned
+from foretell.decoding.strategies import Running, Strategy
 from foretell.decoding.verify import decide
 from foretell.layout import Block, Layout, plain
 from foretell.model import MTPModel
-from foretell.rows import Rows, surviving
+from foretell.rows import Rows, aligned, surviving
 
 NO_DRAFT = -1
 # Tokens of a prompt that the first step still reads itself: a forward less. Longer ones are read without a mask, which

@@ -13,7 +13,7 @@ from foretell.decoding.calibration import Experience, Floats, means
 from foretell.decoding.correction import Correction, Fit, Pace
 from foretell.decoding.costs import Costs, Priced
 from foretell.decoding.problem import Problem
-from foretell.decoding.shapes import shapes
+from foretell.decoding.shapes import ahead, shapes
 from foretell.layout import Block, Layout
 
 FIRST_ROUNDS, ROUNDS = 10, 2  # of policy iteration, at most: from nothing, and from the last solution
@@ -46,6 +46,8 @@ class Planner:
     drafts hold, and a step is decided by one small product.
     """
 
+    ragged = False  # whether sequences that share a step need not have as many rows each
+
     def __init__(self, costs: Costs, experience: Experience) -> None:
         self.masks = masks = experience.masks
         self.experience = experience
@@ -65,6 +67,7 @@ class Planner:
         self.sequences = self._solved_for = 1
         self.plain: Floats = self._measured[0, :1]  # (n,): seconds of a plain step of 1, 2, ... n sequences
         self._costs: Costs | None = None  # that hold from now on
+        self._known = costs  # that hold
         self._shares = [1.0]
         self._of_shared: tuple[Floats, Floats] | None = None  # weights of shapes that a step shares, seconds of pairs
         self._correct_costs()
@@ -89,8 +92,8 @@ class Planner:
         known = self._priced.get(self.sequences)
         if known is None or known.costs is not costs:
             known = self._priced[self.sequences] = Priced.of(costs, self.plain, self.masks)
-        _, self._measured, self._drafting, self._shares = known
-        self.shapes = shapes(self.masks, several=self.sequences > 1)
+        self._known, self._measured, self._drafting, self._shares = known
+        self.shapes = shapes(self.masks, self.sequences > 1, self.sequences > 1 and self.ragged)
         self._correct_costs()  # which scales the solution
         self._weigh()
 
@@ -119,14 +122,16 @@ class Planner:
             self._solve_every = min(2 * self._solve_every, SOLVE_EVERY[1])
             self.solve()
         self._until_solution -= 1
-        if not self._pays:
-            chosen = self._drafts_alone(reach, self._gained(reach, urgency))
+        if len(reach) > 1:
+            chosen = self._best_together(reach, urgency)
+        elif self._pays:
+            chosen = [self._best(reach[0])]
         else:
-            chosen = [self._best(reach[0])] if len(reach) == 1 else self._best_together(reach, urgency)
+            chosen = self._drafts_alone(reach, self._gained(reach, urgency))
         if not self._probe(any(self.shapes.hung[index] for index in chosen), max(remaining)):
             return [self.shapes.layouts[index] for index in chosen]
         most = max(FEWEST_PROBED, PROBE_MASKS // self.sequences)  # of many sequences fewer tell as much
-        return [Layout(1, (Block(0, min(most, self.masks)),))] * len(chosen)
+        return self._trial(Layout(1, (Block(0, min(most, self.masks)),)), len(chosen))
 
     def urgency(self, remaining: Sequence[int], refilled: bool) -> list[float]:
         """(B,): seconds that a token less to decode is worth in each sequence, 1 on average.
@@ -159,7 +164,7 @@ class Planner:
     def _best_together(self, reach: Sequence[Sequence[float]], urgency: Sequence[float]) -> list[int]:
         """The same for sequences that share a step: all pay for the most drafts and the most masks among them."""
         gained = self._gained(reach, urgency)
-        if not self._hangs_masks:
+        if not (self._pays and self._hangs_masks):
             return self._drafts_alone(reach, gained)
         if all(gain <= dearer for gain, dearer in zip(gained[1:], self._dearer[1:], strict=False)):
             return [self._best([1.0])] * len(reach)
@@ -168,7 +173,7 @@ class Planner:
             self._of_shared = shared.weights(self._weights), self._table[:, self.shapes.totals]
         weights, seconds = self._of_shared
         # `value` sees one sequence that pays for the whole step: their mean is the step's.
-        worth = weights @ shared.ahead(reach, [weight / len(reach) for weight in urgency])  # (G, B)
+        worth = weights @ ahead(reach, [weight / len(reach) for weight in urgency], self.masks + 1)  # (G, B)
         return shared.best(worth, int((seconds + shared.least(worth).sum(-1)).argmin()))
 
     def _gained(self, reach: Sequence[Sequence[float]], urgency: Sequence[float]) -> list[float]:
@@ -267,19 +272,37 @@ class Planner:
         return True
 
     def took(
-        self, layout: Layout, seconds: float, drafts: int = 0, drafting: float = 0.0, resting: bool = False
+        self,
+        layout: Layout,
+        seconds: float,
+        drafts: float = 0,
+        drafting: float = 0.0,
+        resting: bool = False,
+        width: float | None = None,
     ) -> None:
-        """A step of this layout took so long, `drafting` of it for so many drafts; `resting`: nothing was planned."""
+        """A step that was filled up to this layout took so long, `drafting` of it for so many drafts of a sequence on
+        average; `resting`: nothing was planned. `width`: rows of a sequence on average, if not all are the layout's."""
         self._taken += 1
-        if drafting > 0 and self._drafting[drafts] > 0:
-            share = self._pace.usual(drafting / self._drafting[drafts], drafts, None)
+        usual = float(np.interp(drafts, np.arange(self.masks + 1), self._drafting))
+        if drafting > 0 and usual > 0:
+            share = self._pace.usual(drafting / usual, drafts, None)
             self._of_drafting.took(drafts, share, self._taken)
             seconds -= drafting
-        expected = self.plain_seconds if layout.width == 1 else self._measured[layout.regular - 1, layout.masks]
         kind = 0 if resting else 3 if layout.masks else 2 if layout.regular > 1 else 1
-        width = layout.width if kind > 1 else self.sequences
-        share = self._pace.usual(seconds / expected, width, self._fits[kind])
-        self._corrections[kind].took(width, share, self._taken)
+        rows, expected = self._expected(layout, width)
+        rows = rows if kind > 1 else self.sequences
+        share = self._pace.usual(seconds / expected, rows, self._fits[kind])
+        self._corrections[kind].took(rows, share, self._taken)
+
+    def _expected(self, layout: Layout, width: float | None) -> tuple[float, float]:
+        """The rows of a sequence that count in such a step, and the seconds measured for it."""
+        if layout.width == 1:
+            return 1, self.plain_seconds
+        return layout.width, float(self._measured[layout.regular - 1, layout.masks])
+
+    def _trial(self, layout: Layout, sequences: int) -> list[Layout]:
+        """A step in which masks are tried, in this layout."""
+        return [layout] * sequences
 
     def _correct_costs(self) -> None:
         """Steps of every kind cost what was measured, corrected by what the latest took at the machine's usual pace."""
@@ -312,7 +335,7 @@ class Planner:
         known = next(filter(None, fits), Fit(0.0, 0.0, 0.0))
         # Busy machines slow all kinds of steps, idle ones not.
         self._usual = known = known._replace(level=max(known.level, 0.0), slope=0.0)
-        _, _, drafted, masked = (fit or known for fit in fits)
+        self._usually = drafted, masked = [fit or known for fit in fits[2:]]
         self._factors = masked.at_all(self._widths)
         self._factors[:, 0] = drafted.at_all(self._widths[:, 0])
         self._falls = masked.slope < 0  # perhaps faster with the width than what was measured rises
@@ -323,22 +346,26 @@ class Planner:
         begin = time.perf_counter()
         self._price()
         self._correct_costs()
-        # Sequences that share a step share its layout: what counts is the mean of as many.
-        reach, found = (means(chances, self.sequences) for chances in self.experience.recent_reach())  # (N, k+1) each
         rounds, close = (ROUNDS, CLOSE) if self._solved else (FIRST_ROUNDS, FIRST_CLOSE)
         self._solved, self._solved_for = True, self.sequences
-        for _ in range(rounds):
-            before = np.append(self.value, self.per_token)
-            chosen, chances = self._problem.improved(reach, found, self.value, self.per_token)
-            self.value, self.per_token = self._problem.evaluated(chosen, chances)
-            if np.abs(before - np.append(self.value, self.per_token)).max() < close * self.per_token:
-                break
+        self._improve(rounds, close)
         self._weigh()
         self._pays = self.per_token < PAYS * self.resting
         if 2 * self.sequences > self._began_with:  # the last texts of a batch are no measure of the next one
             self._paid = self._pays
         self._hangs_masks = bool((self.value + self.drafting).min() < 0)  # whether any block is worth its drafting
         self._solving = min(self._solving, time.perf_counter() - begin)
+
+    def _improve(self, rounds: int, close: float) -> None:
+        """So many rounds, or until one changes little."""
+        # Sequences that share a step share its layout: what counts is the mean of as many.
+        reach, found = (means(chances, self.sequences) for chances in self.experience.recent_reach())  # (N, k+1) each
+        for _ in range(rounds):
+            before = np.append(self.value, self.per_token)
+            chosen, chances = self._problem.improved(reach, found, self.value, self.per_token)
+            self.value, self.per_token = self._problem.evaluated(chosen, chances)
+            if np.abs(before - np.append(self.value, self.per_token)).max() < close * self.per_token:
+                break
 
     def _weigh(self) -> None:
         """What every shape is worth by the last solution."""

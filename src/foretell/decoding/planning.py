@@ -11,6 +11,7 @@ from foretell.decoding.calibration import Experience, Floats
 from foretell.decoding.costs import Costs, costs, of_batch, plain_steps
 from foretell.decoding.pausing import Pause
 from foretell.decoding.planner import Planner
+from foretell.decoding.ragged import RaggedPlanner
 from foretell.decoding.strategies import Adaptive, Fixed, Strategy
 from foretell.model import MTPModel
 
@@ -37,7 +38,8 @@ class Planning:
             self._costs[size] = costs(model, self.config, size)
             self._between.clear()
         if self._planner is None:
-            self._planner = Planner(self._costs[1], self.experience)
+            kind = RaggedPlanner if model.skips_filler else Planner
+            self._planner = kind(self._costs[1], self.experience)
 
     def planner(self, sequences: int) -> Planner:
         """For so many sequences: as some leave a batch, the steps of the others get cheaper."""
@@ -54,10 +56,16 @@ def strategy_of(model: MTPModel, config: DecodeConfig, sequences: int) -> Strate
     """What `config.strategy` names, for one call of the loop with so many prompts."""
     if config.strategy != "adaptive":
         return Fixed(config.strategy, config.masks or model.max_masks)
-    place = (model.base.device, model.base.dtype, torch.get_num_threads(), model.compiled is not None)
+    place = (
+        model.base.device,
+        model.base.dtype,
+        torch.get_num_threads(),
+        model.compiled is not None,
+        model.skips_filler,
+    )
     drafting = (config.masks, config.use_sampler, config.shortlist, config.drafts, config.lookup, config.temperature)
     of_model = _plannings.setdefault(model, {})
-    planning = of_model.setdefault((*place, *drafting), Planning(model, config))
+    planning = of_model.setdefault((*place, model.skips_filler, *drafting), Planning(model, config))
     planning.prepare(model, sequences)
     planning.experience.begin_text(sequences)
     planning.planner(sequences).begin_text()

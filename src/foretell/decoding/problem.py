@@ -64,17 +64,23 @@ class Problem(NamedTuple):
     def evaluated(self, chosen: NDArray[np.intp], chances: Floats) -> tuple[Floats, float]:
         """Value (k+1,) of drafts at hand, in seconds, and seconds per token, if these shapes (N, k+1) are taken with
         n = 0..k at hand that hold with these chances (N, k+1, k+1)."""
+        per_token, *value = self.solved(chosen, chances)[:, 0].tolist()
+        return np.array([0.0, *value]), per_token
+
+    def solved(self, chosen: NDArray[np.intp], chances: Floats) -> Floats:
+        """The same for the seconds of steps, for their rows and for their number, (k+1, 3): what a token takes of each,
+        then what 1..k drafts at hand are worth, as if that were what counts."""
         states = chosen.shape[1]
         held = chances * self.shapes.there[chosen]  # (N, k+1, k+1): that the first r drafts hold and were verified
         exactly = held.copy()
         exactly[..., :-1] -= held[..., 1:]
         left = self.shapes.blocks[chosen]  # drafts at hand then
         seconds = (self.seconds[chosen] + (exactly * self.drafting[left]).sum(-1)).mean(0)
+        rows = self.shapes.widths[chosen].mean(0)
         tokens = held.sum(-1).mean(0)
         cells = np.arange(states)[:, None] * states + left
         moves = np.bincount(cells.ravel(), exactly.ravel(), states**2).reshape(states, states) / len(chosen)
         # h = seconds - per_token · tokens + moves · h with h(0) = 0, of which per_token takes the place.
         unknown = np.eye(states) - (1 - ENDS) * moves
         unknown[:, 0] = tokens
-        per_token, *value = np.linalg.solve(unknown, seconds).tolist()
-        return np.array([0.0, *value]), per_token
+        return np.linalg.solve(unknown, np.stack([seconds, rows, np.ones(states)], 1))

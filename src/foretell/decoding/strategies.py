@@ -94,7 +94,7 @@ class Adaptive:
     reach: dict[int, list[float]] = field(default_factory=dict)  # chances that the first 0, 1, ... drafts at hand hold
     # Drafts at hand that are the text's own, where they were planned for, and what masks made, if they did.
     taken: dict[int, tuple[OpenBlock, OpenBlock | None]] = field(default_factory=dict)
-    verified: int = 0  # drafts in the last step
+    verified: dict[int, int] = field(default_factory=dict)  # drafts in the last step, by sequence
     texts: dict[int, TextLookup] = field(default_factory=dict)
     pause: Pause | None = None  # None: it never pauses
     paused: bool = False
@@ -104,7 +104,7 @@ class Adaptive:
     still: bool = False  # whether this is one of them
     listens: bool = False  # whether promising drafts of the text are looked for nevertheless
     planning: Planner | None = None  # who planned the last step
-    made: int = 0  # drafts of the masks behind it
+    made: float = 0.0  # drafts of the masks behind it, of a sequence on average
     urgency: dict[int, float] = field(default_factory=dict)  # of the sequences in the last step
     gained: float = 0.0  # tokens of the last step, weighted so
     sequences: int = 0  # in the last step
@@ -127,14 +127,16 @@ class Adaptive:
         self.sequences, self.gained, self.urgency = len(running), 0.0, {}
         self.paused = self._pauses(running, planner)
         if self.paused:
-            self.verified = 0
+            self.verified = {}
             return [plain()] * len(running)
         reach = [self.reach[row.sequence] if row.drafts else [1.0] for row in running]
         remaining = [row.remaining for row in running]
         urgency = planner.urgency(remaining, refilled)
         self.urgency = dict(zip((row.sequence for row in running), urgency, strict=True))
         layouts = planner.layouts(reach, remaining, urgency)
-        self.verified = max(layout.regular for layout in layouts) - 1
+        most = max(layout.regular for layout in layouts)  # filler verifies, too, where there is any
+        own = [layout.regular if planner.ragged else most for layout in layouts]
+        self.verified = {row.sequence: regular - 1 for row, regular in zip(running, own, strict=True)}
         return [within(layout, left) for layout, left in zip(layouts, remaining, strict=True)]
 
     def decided(self, row: Running, tokens: Sequence[int]) -> None:
@@ -150,7 +152,7 @@ class Adaptive:
                 kept.pop(row.sequence, None)
 
     def drafted(self, running: Sequence[Running], drafts: Tensor, confidences: Tensor | None) -> Tensor:
-        self.made = drafts.shape[1]
+        self.made = drafts.shape[1] * sum(row.drafts > 0 for row in running) / len(running)
         if self.still:
             return drafts
         if self.paused:
@@ -183,7 +185,7 @@ class Adaptive:
             self.at_rest += 1
             if self.at_rest % TIMED:
                 return
-        self.planning.took(layout, seconds, self.made, drafting, self.paused)
+        self.planning.took(layout, seconds, self.made, drafting, self.paused, width)
         if self.pause is not None:
             sequences, share = self.planning.sequences, seconds / self.planning.plain_seconds
             if self.paused:
@@ -200,8 +202,9 @@ class Adaptive:
                 block.counted = 0
         if sequence in self.taken:
             found, made = self.taken.pop(sequence)
-            without = 0 if made is None else min(made.held, self.verified)
-            self.experience.looks.gained(min(found.held, self.verified) - without)
+            verified = self.verified.get(sequence, 0)
+            without = 0 if made is None else min(made.held, verified)
+            self.experience.looks.gained(min(found.held, verified) - without)
 
     def _pauses(self, running: Sequence[Running], planner: Planner) -> bool:
         """Whether the next step is a plain one and nothing else: by the clock, or by what the planner expects."""
@@ -339,19 +342,3 @@ def within(layout: Layout, remaining: int) -> Layout:
         return layout
     blocks = (Block(after, min(count, remaining - 1 - after)) for after, count in layout.blocks)
     return Layout(layout.regular, tuple(block for block in blocks if block.masks > 0))
-
-
-def aligned(layouts: Sequence[Layout], masks: int) -> list[Layout]:
-    """The same layouts, filled up to one common number of regular and mask rows, so that they make one batch.
-
-    Regular filler comes after the sequence's own drafts; mask filler are more blocks after token 0, of at most `masks`.
-    """
-    regular, total = max(layout.regular for layout in layouts), max(layout.masks for layout in layouts)
-    filled = []
-    for layout in layouts:
-        missing = total - layout.masks
-        filler = (Block(0, min(masks, missing - start)) for start in range(0, missing, masks))
-        filled.append(
-            Layout(regular, layout.blocks + tuple(filler)) if missing or regular != layout.regular else layout
-        )
-    return filled

@@ -1,0 +1,119 @@
+"""The planner where sequences that share a step need not have as many rows each (docs/planner.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from foretell.decoding.calibration import Experience, Floats
+from foretell.decoding.costs import Costs
+from foretell.decoding.planner import Planner
+from foretell.decoding.problem import Problem
+from foretell.decoding.shapes import NEVER, ahead, cheapest
+from foretell.layout import Layout, plain
+
+PROBED = 2  # sequences on which masks are tried: they tell as much as all, and cost less
+MORE_ROUNDS = 3  # times as many of policy iteration, as the price of a row is sought along
+NEAR = 1.05  # times the price that is sought
+
+
+class RaggedPlanner(Planner):
+    """Of several sequences each takes the layout that is best for it; what they share is the price of a row.
+
+    A step costs what its rows cost together. In the long run, with the mean width q of the best policy, that is as if
+    a layout of w rows cost C(q) + (w - q) · C'(q), so that a sequence can be solved for by itself. At a step the
+    sequences' own layouts are weighed against the very cost of all their rows.
+    """
+
+    ragged = True
+
+    def __init__(self, costs: Costs, experience: Experience) -> None:
+        self._bare: tuple[Costs, int, tuple[Floats, Floats]] | None = None  # as measured, of so many sequences
+        self._without = self._with_masks = np.zeros(1)  # seconds of steps by their rows beyond one of each sequence
+        self._price_of_row: float | None = None  # of every sequence
+        super().__init__(costs, experience)
+
+    def _best_together(self, reach: Sequence[Sequence[float]], urgency: Sequence[float]) -> list[int]:
+        sequences, states = len(reach), self.masks + 1
+        without = self._drafts_each(reach, urgency)
+        if not (self._pays and self._hangs_masks):
+            return without[1]
+        apart = self.shapes.apart
+        if self._of_shared is None:
+            self._of_shared = apart.weights(self._weights), self._with_masks
+        weights, seconds = self._of_shared
+        worth = weights @ ahead(reach, [weight / sequences for weight in urgency], states)  # (L, B)
+        least, picks = cheapest(seconds, apart.widths, apart.least(worth))
+        return apart.best(worth, picks) if least < without[0] else without[1]
+
+    def _drafts_each(self, reach: Sequence[Sequence[float]], urgency: Sequence[float]) -> tuple[float, list[int]]:
+        """Seconds beside what tokens are worth, and the best shapes, without masks."""
+        sequences, most = len(reach), max(map(len, reach))
+        worth = (self.per_token if self._pays else min(self.per_token, self.resting)) / sequences
+        least = np.full((most, sequences), NEVER)
+        for b, (own, weight) in enumerate(zip(reach, urgency, strict=True)):
+            least[: len(own), b] = -worth * weight * np.cumsum(own)
+        if most == 1:
+            return float(self._without[0] + least.sum()), [int(self.shapes.starts[0])] * sequences
+        total, picks = cheapest(self._without, np.arange(1, most + 1), least)
+        return total, self.shapes.starts[picks].tolist()
+
+    def _correct_costs(self) -> None:
+        super()._correct_costs()
+        if self.sequences == 1:
+            return
+        if self._bare is None or self._bare[0] is not self._known or self._bare[1] != self.sequences:
+            self._bare = self._known, self.sequences, self._known.by_rows(self.sequences, self.masks)
+        *_, (without, hanging) = self._bare
+        widths = 1 + np.arange(len(without)) / self.sequences
+        drafted, masked = self._usually
+        self._without, self._with_masks = without * drafted.at_all(widths), hanging * masked.at_all(widths)
+        self._without[0] = self._table[0, 0]
+        for seconds in (self._without, self._with_masks):
+            np.maximum.accumulate(seconds, out=seconds)
+        more = self._without[1 : self.masks + 1] - self._without[0]
+        self.least_chance = float((more / np.arange(1, self.masks + 1)).min()) * self.sequences / self.resting
+
+    def _expected(self, layout: Layout, width: float | None) -> tuple[float, float]:
+        if self.sequences == 1 or width is None or layout.width == 1 or self._bare is None:
+            return super()._expected(layout, width)
+        seconds = self._bare[2][layout.masks > 0]
+        return width, float(np.interp((width - 1) * self.sequences, np.arange(len(seconds)), seconds))
+
+    def _trial(self, layout: Layout, sequences: int) -> list[Layout]:
+        return [layout] * PROBED + [plain()] * (sequences - PROBED) if sequences > 1 else [layout]
+
+    def _improve(self, rounds: int, close: float) -> None:
+        """With every round the price of a row is sought along: it is what another one costs at the mean width that it
+        leads to or, where one is free and the next is not, in between."""
+        if self.sequences == 1:
+            super()._improve(rounds, close)
+            return
+        reach, found = self.experience.recent_reach()
+        low, high, near = 0.0, np.inf, 1 / self.sequences
+        price = self._price_of_row or self._slope(2.0, 1.0)
+        for _ in range(MORE_ROUNDS * rounds):
+            before = np.append(self.value, self.per_token)
+            problem = Problem(self.shapes, price * self.shapes.widths, self.drafting)
+            solved = problem.solved(*problem.improved(reach, found, self.value, self.per_token))
+            width = solved[0, 1] / solved[0, 2]
+            # What steps cost beyond their rows at this price, of which there are so many for a token.
+            self.per_token, *value = solved[:, 0] + (self._seconds(width) - price * width) * solved[:, 2]
+            self.value = np.array([0.0, *value])
+            self._price_of_row = price
+            wanted = self._slope(width, near)
+            low, high = (price, high) if wanted > price else (low, price)
+            settled = high < NEAR * low or abs(wanted - price) < (NEAR - 1) * price
+            if settled and np.abs(before - np.append(self.value, self.per_token)).max() < close * self.per_token:
+                break
+            price = min(max(wanted, np.sqrt(low * high) if low else high / 4), high) if np.isfinite(high) else wanted
+
+    def _seconds(self, width: float) -> float:
+        """Of a step with masks of so many rows a sequence."""
+        beyond = (max(width, 1.0) - 1) * self.sequences
+        return float(np.interp(beyond, np.arange(len(self._with_masks)), self._with_masks))
+
+    def _slope(self, width: float, near: float) -> float:
+        """Seconds that another row of every sequence costs thereabouts."""
+        return (self._seconds(width + near) - self._seconds(width - near)) / (2 * near)
