@@ -54,7 +54,7 @@ CONFIGS = {
         eos_token_id=None,
     ),
     "opt": hf.OPTConfig(
-        **{**COMMON, "ffn_dim": 64, "word_embed_proj_dim": 16},
+        **{**COMMON, "hidden_size": 32, "ffn_dim": 64, "word_embed_proj_dim": 16},
     ),
     "granite": hf.GraniteConfig(**GQA, logits_scaling=3.0, embedding_multiplier=2.0),
     "cohere": hf.CohereConfig(**GQA, logit_scale=0.5),

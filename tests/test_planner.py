@@ -15,7 +15,7 @@ from foretell.decoding import costs as costs_module
 from foretell.decoding.calibration import Calibration, Experience, log_odds
 from foretell.decoding.costs import Costs, costs, interpolated, masked_layout
 from foretell.decoding.planner import SETTLED, SOLVE_EVERY, TEXTS, Planner
-from foretell.decoding.shapes import shapes
+from foretell.decoding.shapes import ahead, shapes
 from foretell.decoding.strategies import Adaptive, Running
 from foretell.evaluation.acceptance_profiles import named_profile
 from foretell.evaluation.optimum import by_width, optimum
@@ -196,7 +196,7 @@ def test_shapes_hold_the_fixed_strategies(several: bool) -> None:
 def test_the_least_of_shapes_that_fit() -> None:
     found, random = shapes(4, several=True), np.random.default_rng(0)
     weights, urgency, reach = random.random((len(found.layouts), 5)), [0.3, 2.0, 0.7], [[1.0], [1.0, 0.4], [1.0] * 5]
-    worth = found.shared.weights(weights) @ found.shared.ahead(reach, urgency)
+    worth = found.shared.weights(weights) @ ahead(reach, urgency, 5)
     least = found.shared.least(worth)
     assert least.shape == (5, len(found.totals), 3)
     for d in range(5):
