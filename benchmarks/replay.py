@@ -37,6 +37,7 @@ from foretell.evaluation.random_models import SHAPES, random_model
 from foretell.evaluation.replay import ReplayDrafter
 from foretell.evaluation.report import Spread, environment
 from foretell.evaluation.step_cost import StepBench, now, strategy_layouts
+from foretell.layout import Block, Layout
 
 RESULTS = Path(__file__).parent / "results"
 PLAIN, ADAPTIVE, TRANSFORMERS = "autoregressive", "adaptive", "huggingface generate"
@@ -164,7 +165,7 @@ def measured_costs(
     bench, layouts, k = StepBench(model, context, batch), strategy_layouts(model.max_masks), model.max_masks
     forwards = {name: timing.seconds.median for name, timing in bench.steps(layouts, rounds, forward_only=True).items()}
     parts = {name: timing.seconds.median for name, timing in bench.parts({}, rounds).items()}
-    unembed = by_width({rows: parts[f"unembed {rows}"] for rows in (*range(1, k + 2), 2 * k + 1, 3 * k + 1)})
+    unembed = by_width({rows: parts[f"unembed {rows}"] for rows in (*range(1, k + 2), 2 * k + 1, 3 * k + 1, 4 * k + 1)})
     chain = [0.0, *(parts[f"rescore {n}, {shortlist}" if shortlist else f"chain {n}, exact"] for n in range(1, k + 1))]
     widths: dict[int, list[float]] = {}
     for name, layout in layouts.items():
@@ -174,7 +175,7 @@ def measured_costs(
 
     def cost(regular: int, masks: int) -> float:
         read = masks if shortlist else 0  # the exact chain's time holds that of reading them
-        along = read > 0 and reads_along(model, config, masks)
+        along = read > 0 and reads_along(model, config, [Layout(1, (Block(0, masks),))] * batch)
         seconds = forward(regular, masks) + unembed(regular, read if along else 0) + parts[f"verify {regular}"]
         return seconds + unembed(k, 0) if read and not along else seconds
 

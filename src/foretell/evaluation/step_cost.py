@@ -140,7 +140,7 @@ class StepBench:
         """
         model, k = self.model, self.model.max_masks
         tasks: dict[str, Task] = {PLAIN: partial(self.step, plain())}
-        for rows in (*range(1, k + 2), 2 * k + 1, 3 * k + 1):
+        for rows in (*range(1, k + 2), 2 * k + 1, 3 * k + 1, 4 * k + 1):
             tasks[f"unembed {rows}"] = partial(self.choices, self.latents(rows))
         for rows in range(1, k + 2):
             tasks[f"verify {rows}"] = partial(decide, self.ids(rows)[:, 1:], self.ids(rows))
