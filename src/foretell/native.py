@@ -111,7 +111,7 @@ def _load(path: Path) -> ctypes.CDLL:
     loaded.foretell_product.restype = None
     loaded.foretell_product.argtypes = [
         pointer, number, number, number, pointer, pointer, pointer, number,
-        pointer, pointer, number, number, number, ctypes.c_float,
+        pointer, pointer, pointer, number, number, number, ctypes.c_float,
     ]  # fmt: skip
     loaded.foretell_attend.restype = None
     loaded.foretell_attend.argtypes = [pointer] * 7

@@ -97,9 +97,11 @@ struct Weight {
   long pairs;
 };
 
-// What low-rank rows get beyond: B's (d_out, rank) part of it, of what A (rank, d_in) makes of them.
+// What low-rank rows get beyond: B's (d_out, rank) part of it, of what A (rank, d_in) makes of them. B is zero but in
+// `spans` (tiles of B, 2) of its pairs, where several linears are one product and each has an A and B of its own.
 struct LowRank {
   Weight a, b;
+  const int64_t* spans;
   long rank, first, width;  // of every `width` rows those from `first` on
   float scale;
 };
@@ -141,7 +143,7 @@ struct Product {
   const Number* x;  // in order
   const float* bias;
   Rows out;
-  Weight more;  // whose product with `narrow` is added, if that is there
+  const LowRank* low;    // whose B's product with `narrow` is added, if that is there
   const Number* narrow;
 
   // LANES columns of STREAMS tiles each, for the ROWS rows of a group.
@@ -161,9 +163,15 @@ struct Product {
     // Behind the last numbers of these streams come the first of the next.
     run(sums, streams, pairs, streams + STREAMS * pairs - (pairs - ahead), x, pairs - ahead, pairs);
     if (product.narrow) {
-      const long more = product.more.pairs;
-      streams = product.more.tiles + tile * more;
-      run(sums, streams, more, streams + STREAMS * more, product.narrow + first * more * Kind::per_pair, 0, more);
+      const long more = product.low->b.pairs;
+      const int64_t* spans = product.low->spans + 2 * tile;
+      long from = spans[0], to = spans[1];
+      for (int stream = 1; stream < STREAMS; stream++) {
+        from = std::min<long>(from, spans[2 * stream]);
+        to = std::max<long>(to, spans[2 * stream + 1]);
+      }
+      streams = product.low->b.tiles + tile * more;
+      run(sums, streams, more, streams + STREAMS * more, product.narrow + first * more * Kind::per_pair, from, to);
     }
     for (int stream = 0; stream < STREAMS; stream++) {
       const long column = (tile + stream) * LANES, count = std::min<long>(LANES, product.out.width - column);
@@ -254,14 +262,14 @@ void multiply(long rows, const Get& get, const void* ordered, long d_in, const W
       }
     }
     if (low) {
-      Product<Kind>{low->a, x, nullptr, {low_rows.get(), false, low->rank}, {}, nullptr}.part(groups, thread, threads);
+      Product<Kind>{low->a, x, nullptr, {low_rows.get(), false, low->rank}, nullptr, nullptr}.part(groups, thread, threads);
 #pragma omp barrier
 #pragma omp for schedule(static)
       for (long group = 0; group < groups.count; group++) {
         order<Kind>(groups, group, 0, low->b.pairs, low->b.pairs, get_low, narrow.get());
       }
     }
-    Product<Kind>{weight, x, bias, out, low ? low->b : Weight{}, narrow.get()}.part(groups, thread, threads);
+    Product<Kind>{weight, x, bias, out, low, narrow.get()}.part(groups, thread, threads);
   }
 }
 
@@ -275,9 +283,10 @@ long foretell_lanes() { return LANES; }
 // out (rows, d_out) = x (rows, d_in) W^T + bias; both in bfloat16 if `half`, else in float32. The bias is float32, one
 // number for every column of the tiles, or null. Without low-rank rows `a` is null.
 void foretell_product(const void* x, long half, long rows, long d_in, const void* weight, const float* bias, void* out,
-                      long d_out, const void* a, const void* b, long rank, long first, long width, float scale) {
+                      long d_out, const void* a, const void* b, const int64_t* spans, long rank, long first, long width,
+                      float scale) {
   const auto laid_out = [](const void* tiles, long d) { return Weight{static_cast<const Words*>(tiles), (d + 1) / 2}; };
-  const LowRank low{laid_out(a, d_in), laid_out(b, rank), rank, first, width, scale};
+  const LowRank low{laid_out(a, d_in), laid_out(b, rank), spans, rank, first, width, scale};
   const LowRank* with = a ? &low : nullptr;
   const Weight whole = laid_out(weight, d_in);
   const Rows to{out, half != 0, d_out};
@@ -286,7 +295,8 @@ void foretell_product(const void* x, long half, long rows, long d_in, const void
     const long bytes = half ? 2 : 4;
     for (long row = 0; row < rows; row += slab) {
       foretell_product(static_cast<const char*>(x) + row * d_in * bytes, half, std::min(slab, rows - row), d_in, weight,
-                       bias, static_cast<char*>(out) + row * d_out * bytes, d_out, a, b, rank, first, width, scale);
+                       bias, static_cast<char*>(out) + row * d_out * bytes, d_out, a, b, spans, rank, first, width,
+                       scale);
     }
     return;
   }

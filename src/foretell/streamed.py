@@ -56,9 +56,9 @@ class StreamedWeight:
         given = x.data_ptr(), x.dtype == torch.bfloat16, rows, d_in, self.tiles.data_ptr(), bias, out.data_ptr(), d_out
         for low, gate in self.low_rank:
             if (opened := gate(rows)) is not None:
-                library.foretell_product(*given, low.a.data_ptr(), low.b.data_ptr(), low.rank, *opened, low.scale)
+                library.foretell_product(*given, *low.pointers, low.rank, *opened, low.scale)
                 return out
-        library.foretell_product(*given, None, None, 0, 0, 1, 0.0)
+        library.foretell_product(*given, None, None, None, 0, 0, 1, 0.0)
         return out
 
     def to_dense(self) -> Tensor:
@@ -84,17 +84,27 @@ class StreamedLowRank:
     rounded to bfloat16: drafts hang on them, the output never does.
     """
 
-    def __init__(self, a: Tensor, b: Tensor, scale: float) -> None:
+    def __init__(self, a: Tensor, b: Tensor, scale: float, spans: Sequence[tuple[int, int]] | None = None) -> None:
+        """`spans`: for every row of B, from where to where it is not zero; by default everywhere."""
         library = _library()
-        self.a, self.b = (_in_tiles(matrix.detach(), library.foretell_lanes()) for matrix in (a, b))
+        lanes = library.foretell_lanes()
+        self.a, self.b = (_in_tiles(matrix.detach(), lanes) for matrix in (a, b))
         self.rank, self.scale = len(a), scale
+        of_rows = torch.tensor(spans or [(0, self.rank)] * len(b))
+        tiles = [(own[:, 0].min() // 2, (own[:, 1].max() + 1) // 2) for own in of_rows.split(lanes)]
+        self._spans = torch.tensor(tiles)  # of pairs
+        self.pointers = self.a.data_ptr(), self.b.data_ptr(), self._spans.data_ptr()
 
     @classmethod
     def of(cls, sizes: Sequence[int], matrices: Mapping[int, tuple[Tensor, Tensor]], scale: float) -> StreamedLowRank:
         """Of linears that are one product: d_out of each; A (r, d_in) and B (d_out, r) of some, by their numbers."""
         a = torch.cat([a for a, _ in matrices.values()])
         bs = [matrices[number][1] if number in matrices else a.new_zeros(size, 0) for number, size in enumerate(sizes)]
-        return cls(a, torch.block_diag(*bs), scale)
+        spans, start = [], 0
+        for b in bs:
+            spans += [(start, start + b.shape[1])] * len(b)
+            start += b.shape[1]
+        return cls(a, torch.block_diag(*bs), scale, spans)
 
 
 def _library() -> ctypes.CDLL:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,7 +16,7 @@ from foretell.layout import Layout, plain
 
 PROBED = 2  # sequences on which masks are tried: they tell as much as all, and cost less
 MORE_ROUNDS = 3  # times as many of policy iteration, as the price of a row is sought along
-NEAR = 1.05  # times the price that is sought
+NEAR, FURTHER = 1.05, 1.5  # times a price: close to another, and the next to try
 
 
 class RaggedPlanner(Planner):
@@ -85,35 +86,30 @@ class RaggedPlanner(Planner):
         return [layout] * PROBED + [plain()] * (sequences - PROBED) if sequences > 1 else [layout]
 
     def _improve(self, rounds: int, close: float) -> None:
-        """With every round the price of a row is sought along: it is what another one costs at the mean width that it
-        leads to or, where one is free and the next is not, in between."""
+        """With every round the price of a row is sought along at which the best policy has the rows that are best at
+        that price; where one row is free and the next is not, it lies in between."""
         if self.sequences == 1:
             super()._improve(rounds, close)
             return
         reach, found = self.experience.recent_reach()
-        low, high, near = 0.0, np.inf, 1 / self.sequences
-        price = self._price_of_row or self._slope(2.0, 1.0)
+        low, high = 0.0, math.inf
+        widths = 1 + np.arange(len(self._with_masks)) / self.sequences
+        price = self._price_of_row or self.resting
         for _ in range(MORE_ROUNDS * rounds):
             before = np.append(self.value, self.per_token)
             problem = Problem(self.shapes, price * self.shapes.widths, self.drafting)
             solved = problem.solved(*problem.improved(reach, found, self.value, self.per_token))
-            width = solved[0, 1] / solved[0, 2]
-            # What steps cost beyond their rows at this price, of which there are so many for a token.
-            self.per_token, *value = solved[:, 0] + (self._seconds(width) - price * width) * solved[:, 2]
+            # Steps with masks cost no less than this line, and as much at the best mean width.
+            beyond = self._with_masks - price * widths
+            best = int(beyond.argmin())
+            self.per_token, *value = solved[:, 0] + beyond[best] * solved[:, 2]
             self.value = np.array([0.0, *value])
             self._price_of_row = price
-            wanted = self._slope(width, near)
-            low, high = (price, high) if wanted > price else (low, price)
-            settled = high < NEAR * low or abs(wanted - price) < (NEAR - 1) * price
-            if settled and np.abs(before - np.append(self.value, self.per_token)).max() < close * self.per_token:
+            low, high = (price, high) if solved[0, 1] > widths[best] * solved[0, 2] else (low, price)
+            changed = np.abs(before - np.append(self.value, self.per_token)).max()
+            if high < NEAR * low and changed < close * self.per_token:
                 break
-            price = min(max(wanted, np.sqrt(low * high) if low else high / 4), high) if np.isfinite(high) else wanted
-
-    def _seconds(self, width: float) -> float:
-        """Of a step with masks of so many rows a sequence."""
-        beyond = (max(width, 1.0) - 1) * self.sequences
-        return float(np.interp(beyond, np.arange(len(self._with_masks)), self._with_masks))
-
-    def _slope(self, width: float, near: float) -> float:
-        """Seconds that another row of every sequence costs thereabouts."""
-        return (self._seconds(width + near) - self._seconds(width - near)) / (2 * near)
+            if low and high < math.inf:
+                price = math.sqrt(low * high)
+            else:
+                price = low * FURTHER or high / FURTHER
