@@ -15,7 +15,7 @@ from foretell.decoding.generate import MTPForCausalLM
 VOCAB = 97
 COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
-    "hidden_size": 64,
+    "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
@@ -25,6 +25,7 @@ COMMON: dict[str, Any] = {
     "pad_token_id": None,
 }
 GQA = {**COMMON, "num_key_value_heads": 2}
+WIDE = {**GQA, "head_dim": 16}  # as foretell's own attention wants it
 # Windows of 16 are shorter than the contexts of the tests, so that a wrong window shows.
 LAYERED = {
     **GQA,
@@ -34,11 +35,11 @@ LAYERED = {
 
 CONFIGS = {
     "llama": hf.LlamaConfig(**GQA),
-    "qwen2": hf.Qwen2Config(**GQA),
-    "mistral": hf.MistralConfig(**GQA, sliding_window=16),
+    "qwen2": hf.Qwen2Config(**WIDE),
+    "mistral": hf.MistralConfig(**WIDE, sliding_window=16),
     "gpt_neox": hf.GPTNeoXConfig(**COMMON),
-    "gemma2": hf.Gemma2Config(**GQA, sliding_window=16, head_dim=16, tie_word_embeddings=False),
-    "gemma3": hf.Gemma3TextConfig(**LAYERED, head_dim=16, tie_word_embeddings=False),
+    "gemma2": hf.Gemma2Config(**GQA, sliding_window=16, head_dim=8, tie_word_embeddings=False),
+    "gemma3": hf.Gemma3TextConfig(**LAYERED, head_dim=8, tie_word_embeddings=False),
     "phi3": hf.Phi3Config(**GQA),
     "gpt2": hf.GPT2Config(
         vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, n_positions=256, bos_token_id=None, eos_token_id=None
@@ -54,12 +55,12 @@ CONFIGS = {
         eos_token_id=None,
     ),
     "opt": hf.OPTConfig(
-        **{**COMMON, "hidden_size": 32, "ffn_dim": 64, "word_embed_proj_dim": 16},
+        **{**COMMON, "ffn_dim": 64, "word_embed_proj_dim": 16},
     ),
     "granite": hf.GraniteConfig(**GQA, logits_scaling=3.0, embedding_multiplier=2.0),
     "cohere": hf.CohereConfig(**GQA, logit_scale=0.5),
     "cohere2": hf.Cohere2Config(**LAYERED),
-    "qwen3": hf.Qwen3Config(**GQA, head_dim=16),
+    "qwen3": hf.Qwen3Config(**GQA, head_dim=8),
     "olmo2": hf.Olmo2Config(**GQA),
     "olmo3": hf.Olmo3Config(**LAYERED),
     "starcoder2": hf.Starcoder2Config(**GQA, sliding_window=16),
@@ -75,18 +76,18 @@ CONFIGS = {
         eos_token_id=None,
     ),
     "stablelm": hf.StableLmConfig(**GQA),
-    "smollm3": hf.SmolLM3Config(**GQA),
+    "smollm3": hf.SmolLM3Config(**WIDE),
     "phi": hf.PhiConfig(**GQA),
     "mixtral": hf.MixtralConfig(**GQA, num_local_experts=4, num_experts_per_tok=2),
     "qwen3_moe": hf.Qwen3MoeConfig(
-        **GQA, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, mlp_only_layers=[1]
+        **GQA, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, mlp_only_layers=[1]
     ),
     "gpt_oss": hf.GptOssConfig(
-        **LAYERED, head_dim=16, num_local_experts=4, num_experts_per_tok=2, rope_parameters={"rope_theta": 10000.0}
+        **LAYERED, head_dim=8, num_local_experts=4, num_experts_per_tok=2, rope_parameters={"rope_theta": 10000.0}
     ),
     "llama4": hf.Llama4TextConfig(
         **GQA,
-        head_dim=16,
+        head_dim=8,
         intermediate_size_mlp=64,
         num_local_experts=4,
         num_experts_per_tok=1,
@@ -104,9 +105,9 @@ CONFIGS = {
         first_k_dense_replace=1,
         q_lora_rank=16,
         kv_lora_rank=16,
-        qk_rope_head_dim=16,
-        qk_nope_head_dim=16,
-        v_head_dim=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
     ),
 }
 MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss", "llama4", "deepseek_v3")

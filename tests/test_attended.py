@@ -16,7 +16,7 @@ from foretell.layout import Layout, linear, plain, quadratic
 from foretell.rows import Rows, aligned
 
 from .lying import lying
-from .models import tiny_lm, tiny_model
+from .models import CONFIGS, WIDE, tiny_lm, tiny_model
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=f"no native code: {native.why_not()}")
 
@@ -133,6 +133,7 @@ def test_a_regular_row_has_the_same_bits_in_any_company(dtype: torch.dtype) -> N
 def test_steps_are_those_of_the_base(name: str, bidirectional: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ragged steps of several sequences over their own pasts, against those of lean steps that are filled up."""
     lying("streamed", monkeypatch)
+    monkeypatch.setitem(CONFIGS, name, type(CONFIGS[name])(**WIDE))
     model = tiny_model(name, mask_attention="bidirectional" if bidirectional else "causal")
     model.base.pack(lambda: tiny_lm(name))
     model.for_inference()

@@ -147,8 +147,8 @@ def test_masks_are_worth_less_where_the_text_repeats_itself() -> None:
 
 
 def test_output_is_the_same_and_steps_are_fewer() -> None:
-    """This tiny random model soon loops when greedy, and its untrained adapter foretells nothing."""
-    model = tiny_model("phi")
+    """A tiny random model soon loops when greedy, and its untrained adapter foretells nothing."""
+    model = tiny_model()
     prompts = [random_prompt(9), torch.tensor([[5, 6, 7, 8] * 5]), random_prompt(3)]
     expected = [reference(model.base.lm, prompt, 80) for prompt in prompts]
     together = decode(model, prompts, "adaptive", 80)

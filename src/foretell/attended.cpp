@@ -12,7 +12,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <utility>
 #include <vector>
 
 #include "vectors.h"
@@ -38,63 +37,6 @@ constexpr long CHUNK = 128;     // columns
 constexpr long LARGEST = 1024;  // numbers of a head
 constexpr long SMALL = 1 << 14;  // multiplications that are not worth a second thread
 constexpr float NOTHING = -INFINITY;
-
-inline Floats all(float value) { return Floats{} + value; }
-
-inline float largest(Floats values) {
-  float found = values[0];
-  for (int lane = 1; lane < LANES; lane++) found = std::max(found, values[lane]);
-  return found;
-}
-
-inline float total(Floats values) {
-  float found = values[0];
-  for (int lane = 1; lane < LANES; lane++) found += values[lane];
-  return found;
-}
-
-// e^x for x <= 0, to the last bits of float32; below e^-87 the smallest normal number.
-inline Floats exponential(Floats x) {
-  const Floats least = all(-87.0f), magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to whole numbers
-  x = x < least ? least : x;
-  const Floats shifted = x * 1.44269504f + magic, powers = shifted - magic;
-  const Floats r = (x - powers * 0.693359375f) - powers * -2.12194440e-4f;
-  Floats sum = all(1.9875691500e-4f);
-  sum = sum * r + 1.3981999507e-3f;
-  sum = sum * r + 8.3334519073e-3f;
-  sum = sum * r + 4.1665795894e-2f;
-  sum = sum * r + 1.6666665459e-1f;
-  sum = sum * r + 5.0000001201e-1f;
-  sum = sum * r * r + r + 1.0f;
-  const Words exponents = ((Words)shifted - (Words)magic + 127u) << 23;
-  return sum * (Floats)exponents;
-}
-
-#if defined(__clang__)
-#define SHUFFLED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLED(a, b, ...) __builtin_shuffle(a, b, Words{__VA_ARGS__})
-#endif
-
-template <int STRIDE, int... L>
-inline void exchanged(Floats& a, Floats& b, std::integer_sequence<int, L...>) {
-  const Floats low = SHUFFLED(a, b, (L & STRIDE ? LANES + L - STRIDE : L)...);
-  b = SHUFFLED(a, b, (L & STRIDE ? LANES + L : L + STRIDE)...);
-  a = low;
-}
-
-template <int STRIDE>
-inline void transposed(Floats (&square)[LANES]) {
-  if constexpr (STRIDE < LANES) {
-#pragma GCC unroll 16
-    for (int row = 0; row < LANES; row++) {
-      if (!(row & STRIDE)) {
-        exchanged<STRIDE>(square[row], square[row | STRIDE], std::make_integer_sequence<int, LANES>{});
-      }
-    }
-    transposed<2 * STRIDE>(square);
-  }
-}
 
 template <class T>
 inline Floats as_kept(Floats values) {  // as they are once they were written down
