@@ -33,6 +33,7 @@ namespace {
 constexpr long AHEAD = 4096;     // bytes of a stream
 constexpr long SMALL = 1 << 15;  // multiplications that are not worth a second thread
 constexpr long MOST_AT_ONCE = 1024;  // rows: those of a long prompt are not all put in order at the same time
+constexpr long NEAR = 1 << 18;   // bytes of a weight that two kinds of rows go over in turn
 constexpr long CHUNK = 64;       // pairs of numbers of the rows that one thread reorders at a time
 
 #if defined(__AVX512BF16__)
@@ -136,6 +137,8 @@ void order(const Groups& groups, long group, long from, long to, long pairs, con
   }
 }
 
+inline long tiles_of(long columns) { return (columns + LANES - 1) / LANES; }
+
 template <class Kind>
 struct Product {
   using Number = typename Kind::Number;
@@ -219,11 +222,10 @@ struct Product {
     return {{{pass_of<I + 1, 1>(), pass_of<I + 1, 2>(), pass_of<I + 1, 4>(), pass_of<I + 1, 8>()}...}};
   }
 
-  // The tiles that fall to one of so many threads, as many side by side as there are registers for.
-  void part(const Groups& groups, long thread, long threads) const {
+  // These tiles, as many side by side as there are registers for.
+  void range(const Groups& groups, long tile, long end) const {
     static constexpr auto passes = table(std::make_integer_sequence<int, MOST_ROWS>{});
-    const long tiles = (out.width + LANES - 1) / LANES, end = tiles * (thread + 1) / threads;
-    for (long tile = tiles * thread / threads; tile < end;) {
+    while (tile < end) {
       int doublings = 3;
       while (!passes[groups.largest() - 1][doublings] || tile + (1L << doublings) > end) doublings--;
       for (long group = 0; group < groups.count; group++) {
@@ -231,6 +233,12 @@ struct Product {
       }
       tile += 1L << doublings;
     }
+  }
+
+  // Those that fall to one of so many threads.
+  void part(const Groups& groups, long thread, long threads) const {
+    const long tiles = tiles_of(out.width);
+    range(groups, tiles * thread / threads, tiles * (thread + 1) / threads);
   }
 };
 
@@ -273,6 +281,50 @@ void multiply(long rows, const Get& get, const void* ordered, long d_in, const W
   }
 }
 
+#if defined(__AVX512BF16__)
+// float32 rows of which those from `first` on are low-rank ones, whose numbers are rounded to bfloat16: drafts hang on
+// them, the output never does, and they take half the time. Both go over a part of the weight while it is near.
+void multiply_apart(const float* numbers, long first, long rows, long d_in, const Weight& weight, const float* bias,
+                    const Rows& out, const LowRank& low) {
+  const Groups exact(first), rough(rows - first);
+  const long pairs = weight.pairs, chunks = (pairs + CHUNK - 1) / CHUNK, narrow_pairs = low.b.pairs;
+  const std::unique_ptr<float[]> own(new float[first * pairs * 2]), low_rows(new float[rough.rows * low.rank]);
+  const std::unique_ptr<uint32_t[]> halves(new uint32_t[rough.rows * pairs]);
+  const std::unique_ptr<uint32_t[]> narrow(new uint32_t[rough.rows * narrow_pairs]);
+  const auto get = [=](long row, long column) { return column < d_in ? numbers[row * d_in + column] : 0.0f; };
+  const auto get_rounded = [&](long row, long column) { return rounded(get(first + row, column)); };
+  const auto get_low = [&](long row, long column) {
+    return column < low.rank ? rounded(low_rows[row * low.rank + column] * low.scale) : 0u;
+  };
+  const Rows behind{static_cast<float*>(out.data) + first * out.width, false, out.width};
+  const Product<Widen> regular{weight, own.get(), bias, out, nullptr, nullptr};
+  const Product<Dot> masks{weight, halves.get(), bias, behind, &low, narrow.get()};
+  const long together = std::max(1L, NEAR / (pairs * static_cast<long>(sizeof(Words))));  // tiles
+#pragma omp parallel if (rows * d_in * out.width > SMALL)
+  {
+    const long thread = omp_get_thread_num(), threads = omp_get_num_threads();
+#pragma omp for schedule(static)
+    for (long item = 0; item < (exact.count + rough.count) * chunks; item++) {
+      const long group = item / chunks, from = item % chunks * CHUNK, to = std::min(pairs, from + CHUNK);
+      if (group < rough.count) order<Dot>(rough, group, from, to, pairs, get_rounded, halves.get());
+      else order<Widen>(exact, group - rough.count, from, to, pairs, get, own.get());
+    }
+    Product<Dot>{low.a, halves.get(), nullptr, {low_rows.get(), false, low.rank}, nullptr, nullptr}.part(
+        rough, thread, threads);
+#pragma omp barrier
+#pragma omp for schedule(static)
+    for (long group = 0; group < rough.count; group++) {
+      order<Dot>(rough, group, 0, narrow_pairs, narrow_pairs, get_low, narrow.get());
+    }
+    const long tiles = tiles_of(out.width), end = tiles * (thread + 1) / threads;
+    for (long tile = tiles * thread / threads; tile < end; tile += together) {
+      if (exact.count) regular.range(exact, tile, std::min(end, tile + together));
+      masks.range(rough, tile, std::min(end, tile + together));
+    }
+  }
+}
+#endif
+
 }  // namespace
 
 extern "C" {
@@ -307,6 +359,12 @@ void foretell_product(const void* x, long half, long rows, long d_in, const void
     const auto get = [=](long row, long column) {
       return column < d_in ? static_cast<const float*>(x)[row * d_in + column] : 0.0f;
     };
+#if defined(__AVX512BF16__)
+    if (with && rows == width && first < rows) {
+      multiply_apart(static_cast<const float*>(x), first, rows, d_in, whole, bias, to, low);
+      return;
+    }
+#endif
     multiply<Widen>(rows, get, ordered, d_in, whole, bias, to, with);
     return;
   }
