@@ -72,7 +72,7 @@ class Past:
         """Of sequences of which so many tokens are kept, (B,)."""
         library = native.library()
         assert library is not None  # only where it `fits`
-        self._library, self.rows = library, rows
+        self._library = library
         self.longest = max(lengths) + rows.width
         layouts = [laid_out(layout, bidirectional) for layout in rows.layouts]
         if len(layouts) == 1:
