@@ -81,6 +81,21 @@ def test_sure_drafts_of_one_sequence_are_verified_without_the_others() -> None:
         raise AssertionError("it never stops trying")
 
 
+def test_small_models_are_planned_for_together() -> None:
+    """Where a step takes as long as a few choices, all sequences have one width."""
+    found = costs(1.5, 1.0)
+    small = Costs(
+        *({key: value / 100 for key, value in table.items()} for table in (found.regular, found.masked)), {1: 0}
+    )
+    assert planner_of(found).ragged
+    planner = planner_of(small)
+    planner.reprice(small, 0.00064 * np.linspace(0.8, 1, SEQUENCES))
+    planner.layouts([[1.0]] * SEQUENCES, [100] * SEQUENCES)
+    assert not planner.ragged and planner.shapes.layouts == shapes(8, several=True).layouts
+    planner.probe_soon()
+    assert all(layout.masks for layout in planner.layouts([[1.0]] * SEQUENCES, [100] * SEQUENCES))
+
+
 def test_masks_are_tried_on_a_few() -> None:
     planner = planner_of(costs(1.0, 40.0), [0.02] * 8)
     planner.probe_soon()

@@ -46,7 +46,7 @@ class Planner:
     drafts hold, and a step is decided by one small product.
     """
 
-    ragged = False  # whether sequences that share a step need not have as many rows each
+    own_rows = False  # whether sequences that share a step need not have as many rows each
 
     def __init__(self, costs: Costs, experience: Experience) -> None:
         self.masks = masks = experience.masks
@@ -93,9 +93,14 @@ class Planner:
         if known is None or known.costs is not costs:
             known = self._priced[self.sequences] = Priced.of(costs, self.plain, self.masks)
         self._known, self._measured, self._drafting, self._shares = known
-        self.shapes = shapes(self.masks, self.sequences > 1, self.sequences > 1 and self.ragged)
+        self.shapes = shapes(self.masks, self.sequences > 1, self.ragged)
         self._correct_costs()  # which scales the solution
         self._weigh()
+
+    @property
+    def ragged(self) -> bool:
+        """Whether every sequence gets the layout that is best for it, whatever the others have."""
+        return False
 
     @property
     def plain_seconds(self) -> float:

@@ -14,6 +14,7 @@ from foretell.decoding.problem import Problem
 from foretell.decoding.shapes import NEVER, ahead, cheapest
 from foretell.layout import Layout, plain
 
+WORTHWHILE = 0.008  # seconds of a plain step: to choose for every sequence takes up to 0.2 ms, twice the usual
 PROBED = 2  # sequences on which masks are tried: they tell as much as all, and cost less
 MORE_ROUNDS = 3  # times as many of policy iteration, as the price of a row is sought along
 NEAR, FURTHER = 1.05, 1.5  # times a price: close to another, and the next to try
@@ -27,7 +28,7 @@ class RaggedPlanner(Planner):
     sequences' own layouts are weighed against the very cost of all their rows.
     """
 
-    ragged = True
+    own_rows = True
 
     def __init__(self, costs: Costs, experience: Experience) -> None:
         self._bare: tuple[Costs, int, tuple[Floats, Floats]] | None = None  # as measured, of so many sequences
@@ -35,7 +36,13 @@ class RaggedPlanner(Planner):
         self._price_of_row: float | None = None  # of every sequence
         super().__init__(costs, experience)
 
+    @property
+    def ragged(self) -> bool:
+        return self.sequences > 1 and self.plain_seconds >= WORTHWHILE
+
     def _best_together(self, reach: Sequence[Sequence[float]], urgency: Sequence[float]) -> list[int]:
+        if not self.ragged:
+            return super()._best_together(reach, urgency)
         sequences, states = len(reach), self.masks + 1
         without = self._drafts_each(reach, urgency)
         if not (self._pays and self._hangs_masks):
@@ -55,14 +62,16 @@ class RaggedPlanner(Planner):
         least = np.full((most, sequences), NEVER)
         for b, (own, weight) in enumerate(zip(reach, urgency, strict=True)):
             least[: len(own), b] = -worth * weight * np.cumsum(own)
-        if most == 1:
-            return float(self._without[0] + least.sum()), [int(self.shapes.starts[0])] * sequences
+        # Rows get dearer and drafts less likely: where no first draft pays for a row, nothing does.
+        first = max((weight * own[1] for own, weight in zip(reach, urgency, strict=True) if len(own) > 1), default=0.0)
+        if worth * first <= self._without[1] - self._without[0]:
+            return float(self._without[0] + least[0].sum()), [int(self.shapes.starts[0])] * sequences
         total, picks = cheapest(self._without, np.arange(1, most + 1), least)
         return total, self.shapes.starts[picks].tolist()
 
     def _correct_costs(self) -> None:
         super()._correct_costs()
-        if self.sequences == 1:
+        if not self.ragged:
             return
         if self._bare is None or self._bare[0] is not self._known or self._bare[1] != self.sequences:
             self._bare = self._known, self.sequences, self._known.by_rows(self.sequences, self.masks)
@@ -77,18 +86,18 @@ class RaggedPlanner(Planner):
         self.least_chance = float((more / np.arange(1, self.masks + 1)).min()) * self.sequences / self.resting
 
     def _expected(self, layout: Layout, width: float | None) -> tuple[float, float]:
-        if self.sequences == 1 or width is None or layout.width == 1 or self._bare is None:
+        if not self.ragged or width is None or layout.width == 1 or self._bare is None:
             return super()._expected(layout, width)
         seconds = self._bare[2][layout.masks > 0]
         return width, float(np.interp((width - 1) * self.sequences, np.arange(len(seconds)), seconds))
 
     def _trial(self, layout: Layout, sequences: int) -> list[Layout]:
-        return [layout] * PROBED + [plain()] * (sequences - PROBED) if sequences > 1 else [layout]
+        return [layout] * PROBED + [plain()] * (sequences - PROBED) if self.ragged else [layout] * sequences
 
     def _improve(self, rounds: int, close: float) -> None:
         """With every round the price of a row is sought along at which the best policy has the rows that are best at
         that price; where one row is free and the next is not, it lies in between."""
-        if self.sequences == 1:
+        if not self.ragged:
             super()._improve(rounds, close)
             return
         reach, found = self.experience.recent_reach()

@@ -135,7 +135,7 @@ class Adaptive:
         self.urgency = dict(zip((row.sequence for row in running), urgency, strict=True))
         layouts = planner.layouts(reach, remaining, urgency)
         most = max(layout.regular for layout in layouts)  # filler verifies, too, where there is any
-        own = [layout.regular if planner.ragged else most for layout in layouts]
+        own = [layout.regular if planner.own_rows else most for layout in layouts]
         self.verified = {row.sequence: regular - 1 for row, regular in zip(running, own, strict=True)}
         return [within(layout, left) for layout, left in zip(layouts, remaining, strict=True)]
 
