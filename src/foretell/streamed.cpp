@@ -17,10 +17,6 @@
 
 #include "vectors.h"
 
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
-
 // So many rows pass together, each with a sum in a register.
 #if defined(__AVX512F__)
 #define MOST_ROWS 28
@@ -79,7 +75,9 @@ struct Widen {
 #pragma GCC unroll 32
     for (int row = 0; row < ROWS; row++) {
 #pragma GCC unroll 8
-      for (int stream = 0; stream < STREAMS; stream++) sums[row][stream] += weights[stream] * x[row];
+      for (int stream = 0; stream < STREAMS; stream++) {
+        sums[row][stream] = fused(weights[stream], all(x[row]), sums[row][stream]);
+      }
     }
   }
 };

@@ -19,6 +19,10 @@
 #define REGISTERS 16
 #endif
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 namespace {
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
@@ -41,6 +45,28 @@ inline Words rounded(Floats values) {  // to bfloat16, the nearest and of two th
 
 inline uint32_t rounded(float value) { return rounded(Floats{value})[0]; }
 
+inline Floats all(float value) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_set1_ps(value);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_set1_ps(value);
+#else
+  return Floats{value, value, value, value};
+#endif
+}
+
+// a * b + c in one rounding wherever the processor has it: left to itself, the compiler takes it here and not there, and
+// a row would have other bits in other company.
+inline Floats fused(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__) && defined(__FMA__)
+  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
 inline Floats load(const float* from) {
   Floats values;
   std::memcpy(&values, from, sizeof values);
@@ -60,7 +86,6 @@ inline void store(uint16_t* to, Floats values) {
   std::memcpy(to, &halves, sizeof halves);
 }
 
-inline Floats all(float value) { return Floats{} + value; }
 
 inline float largest(Floats values) {
   float found = values[0];
