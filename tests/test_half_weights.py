@@ -17,7 +17,6 @@ from foretell.decoding.compiling import compile_steps
 from foretell.decoding.generate import MTPForCausalLM
 from foretell.errors import ForetellError
 from foretell.half_weights import HalfWeight, available, scale_of
-from foretell.layout import plain, quadratic
 from foretell.lean import make_of
 from foretell.packed import PackedLinear, PackedProduct
 from foretell.packed_rows import PackedEmbedding, RoundRows, round_rows_of
@@ -25,7 +24,7 @@ from foretell.packed_rows import PackedEmbedding, RoundRows, round_rows_of
 from .decoded import decode
 from .lying import in_16_bits, lying
 from .models import CONFIGS, random_prompt, reference, tiny_lm
-from .test_lean import LEAN, regular_of, step
+from .test_lean import LEAN, check_same_bits
 from .test_packed_rows import tied_lm
 
 pytestmark = pytest.mark.skipif(not available(), reason="PyTorch without FBGEMM")
@@ -137,20 +136,6 @@ def test_every_architecture_writes_what_it_wrote_before(name: str) -> None:
     assert {product.way for product in products(model)} == {"halves"}
 
 
-def check_lean(model: MTPForCausalLM) -> None:
-    """Steps written out give the same bits as the base's own modules; masks of several sequences, which go through the
-    linears together, the same numbers but for rounding."""
-    lengths = [40, 9]
-    for layout in (plain(), plain(4), quadratic(3, 3)):
-        lean = step(model, layout, lengths)
-        with model.base.by_modules():
-            expected = step(model, layout, lengths)
-        for one, other in zip(regular_of(lean, layout, lengths), regular_of(expected, layout, lengths), strict=True):
-            assert torch.equal(one, other)
-        for one, other in zip(lean, expected, strict=True):
-            assert (one - other).abs().max() <= 0.1 * other.abs().max()
-
-
 @pytest.mark.parametrize("name", LEAN)
 def test_bfloat16_steps_are_lean_and_adapted_in_float32(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a processor that has no instructions for bfloat16."""
@@ -159,7 +144,7 @@ def test_bfloat16_steps_are_lean_and_adapted_in_float32(name: str, monkeypatch: 
     model = model_of(name, torch.bfloat16)
     assert {product.way for product in products(model)} == {"halves"} and make_of(model.base) is not None
     assert {term.fused.dtype for term in model.adapter.terms if term.fused} == {torch.float32}
-    check_lean(model)
+    check_same_bits(model, [40, 9], 0.1)
 
 
 def test_rows_that_need_more_bits_are_not_joined() -> None:

@@ -57,6 +57,22 @@ def regular_of(of_step: list[torch.Tensor], layout: Layout, lengths: list[int]) 
     return [latents[:, : layout.regular], *own]
 
 
+def check_same_bits(model: MTPModel, lengths: list[int], close: float) -> None:
+    """Lean steps give the same bits as the base's own modules; masks of several sequences, which go through the linears
+    together, the same numbers but for rounding."""
+    for layout in (plain(), plain(4), linear(2, 3), quadratic(3, 3)):
+        lean = step(model, layout, lengths)
+        with model.base.by_modules():
+            expected = step(model, layout, lengths)
+        for one, other in zip(regular_of(lean, layout, lengths), regular_of(expected, layout, lengths), strict=True):
+            assert torch.equal(one, other)
+        for one, other in zip(lean, expected, strict=True):
+            if len(lengths) > 1 and layout.masks:
+                assert (one - other).abs().max() <= close * other.abs().max()
+            else:
+                assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_which_bases_are_of_the_make(name: str) -> None:
     assert (packed(name).lean is not None) == (name in LEAN)
@@ -71,18 +87,7 @@ def test_the_same_bits_in_every_layout(
     """Ragged batches, contexts beyond a window, with masks and without. Masks of several sequences, which go through
     the linears together, have the same numbers but for rounding."""
     monkeypatch.setattr("foretell.model.MOST_ROWS", 0)  # the base's own attention
-    model = adapted(packed(name, dtype))
-    for layout in (plain(), plain(4), linear(2, 3), quadratic(3, 3)):
-        lean = step(model, layout, lengths)
-        with model.base.by_modules():
-            expected = step(model, layout, lengths)
-        for one, other in zip(regular_of(lean, layout, lengths), regular_of(expected, layout, lengths), strict=True):
-            assert torch.equal(one, other)
-        for one, other in zip(lean, expected, strict=True):
-            if len(lengths) > 1 and layout.masks:
-                assert (one - other).abs().max() <= (1e-5 if dtype == torch.float32 else 0.1) * other.abs().max()
-            else:
-                assert torch.equal(one, other)
+    check_same_bits(adapted(packed(name, dtype)), lengths, 1e-5 if dtype == torch.float32 else 0.1)
 
 
 def test_modules_are_called_where_somebody_hooks_in() -> None:
