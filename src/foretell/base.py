@@ -220,6 +220,11 @@ class Base(nn.Module):
         return logits
 
     @property
+    def bends_logits(self) -> bool:
+        """Whether logits are more than a product."""
+        return any(self._logit_terms)
+
+    @property
     def blocks(self) -> nn.ModuleList:
         """The stack of transformer blocks: the module list as long as the configuration says."""
         count = self.text_config.num_hidden_layers

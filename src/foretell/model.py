@@ -23,6 +23,7 @@ from foretell.gated_lora import GatedLoRA, adapted_modules
 from foretell.layout import RECURRING, Layout
 from foretell.lean import LeanSteps
 from foretell.rows import Rows
+from foretell.sampled import SampledHead
 from foretell.sampler import Sampler, make_sampler
 from foretell.support import check_supported, self_test
 
@@ -60,6 +61,7 @@ class MTPModel(nn.Module):
             gated=config.adapter == "gated",
         )
         self.sampler: Sampler | None = make_sampler(config, base.d_model, base.d_embedding)
+        self._sampled: SampledHead | None = None
         self.compiled: CompiledSteps | CapturedSteps | None = None
         self.own_modules_to(device=base.device)
 
@@ -77,6 +79,15 @@ class MTPModel(nn.Module):
         if self.base.packed and self.sampler is not None:
             self.sampler.lay_out()
         return self.eval()
+
+    @property
+    def sampled_head(self) -> SampledHead | None:
+        """The sampler head laid out for sweeps of one call each, where that is possible."""
+        if self.sampler is None or self.sampler.remembered is None:
+            return None
+        if self._sampled is None or self._sampled.terms is not self.sampler.remembered:
+            self._sampled = SampledHead.of(self.sampler, self.base)
+        return self._sampled
 
     def own_parameters(self) -> dict[str, Tensor]:
         """The parameters foretell adds, by name: what a checkpoint holds."""

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-SOURCES = [Path(__file__).parent / name for name in ("streamed.cpp", "attended.cpp", "vectors.h")]
+SOURCES = [Path(__file__).parent / name for name in ("streamed.cpp", "attended.cpp", "sampled.cpp", "vectors.h", "products.h")]
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 PATIENCE = 120  # seconds for the compiler, which takes some five
 OPENMP = ("libgomp", "libomp", "libiomp")
@@ -115,6 +115,8 @@ def _load(path: Path) -> ctypes.CDLL:
     ]  # fmt: skip
     loaded.foretell_attend.restype = None
     loaded.foretell_attend.argtypes = [pointer] * 7
+    loaded.foretell_sweep.restype = None
+    loaded.foretell_sweep.argtypes = [pointer, number, *[pointer] * 7]
     return loaded
 
 

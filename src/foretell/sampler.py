@@ -32,6 +32,11 @@ class SplitLinear(nn.Linear):
         """From here on copies are multiplied, which lie as this machine multiplies them fastest; until it is moved."""
         self._laid_out = [PackedProduct([weight], [bias]) for weight, bias in self._parts()]
 
+    @property
+    def last_part(self) -> tuple[Tensor, Tensor | None]:
+        """Its weight (d_out, d_in) and the bias."""
+        return self._parts()[-1]
+
     def _parts(self) -> list[tuple[Tensor, Tensor | None]]:
         weights = self.weight.split(self.d_ins, 1)
         return [*((weight, None) for weight in weights[:-1]), (weights[-1], self.bias)]

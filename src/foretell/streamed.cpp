@@ -15,6 +15,7 @@
 #include <memory>
 #include <utility>
 
+#include "products.h"
 #include "vectors.h"
 
 // So many rows pass together, each with a sum in a register.
@@ -324,6 +325,19 @@ void multiply_apart(const float* numbers, long first, long rows, long d_in, cons
 #endif
 
 }  // namespace
+
+void foretell_rough_product(const float* x, long rows, long d_in, const void* weight, const float* bias, float* out,
+                            long d_out) {
+  const Weight whole{static_cast<const Words*>(weight), (d_in + 1) / 2};
+  const Rows to{out, false, d_out};
+  const auto get = [=](long row, long column) { return column < d_in ? x[row * d_in + column] : 0.0f; };
+#if defined(__AVX512BF16__)
+  const auto halves = [=](long row, long column) { return rounded(get(row, column)); };
+  multiply<Dot>(rows, halves, nullptr, d_in, whole, bias, to, nullptr);
+#else
+  multiply<Widen>(rows, get, nullptr, d_in, whole, bias, to, nullptr);
+#endif
+}
 
 extern "C" {
 

@@ -25,28 +25,35 @@ class TokenTerms:
         """`terms` takes embeddings (..., T, E) to the sum of their T terms, (..., Q); that of 0 is 0."""
         self._terms = terms
         self._places: dict[int, int] = {}  # of a token's terms
-        self._kept = torch.empty(0)  # (KEPT, T, Q)
+        self._kept = torch.empty(0)  # (KEPT * T, Q)
         self._lock = Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy has yet to meet them."""
         return TokenTerms, (self._terms,)
 
-    @torch.inference_mode()
     def of(self, tokens: Sequence[Sequence[int]], embed: Callable[[Tensor], Tensor]) -> Tensor:
         """The sums (n, Q) of the terms of tokens (n, T); `embed` takes tokens (m,) to embeddings (m, E)."""
+        numbers, kept = self.placed(tokens, embed)
+        terms = kept.index_select(0, torch.tensor(numbers)).view(-1, len(tokens), kept.shape[1])
+        return terms[0] if len(terms) == 1 else terms.sum(0)
+
+    @torch.inference_mode()
+    def placed(self, tokens: Sequence[Sequence[int]], embed: Callable[[Tensor], Tensor]) -> tuple[list[int], Tensor]:
+        """The same as rows (T * n,) of a table (., Q) to be summed, place after place."""
+        count = len(tokens[0])
         with self._lock:
             if missing := set(chain.from_iterable(tokens)).difference(self._places):
                 if len(self._places) + len(missing) > KEPT:
-                    self._places.clear()
                     missing = set(chain.from_iterable(tokens))
                     if len(missing) > KEPT:
-                        return self._terms(embed(torch.tensor(tokens)))
-                self._learn(list(missing), len(tokens[0]), embed)
-            places, count = self._places, len(tokens[0])
-            numbers = [count * places[own[number]] + number for number in range(count) for own in tokens]
-            terms = self._kept.flatten(0, 1).index_select(0, torch.tensor(numbers)).view(count, len(tokens), -1)
-            return terms[0] if count == 1 else terms.sum(0)
+                        sums = self._terms(embed(torch.tensor(tokens)))
+                        nothing = [len(tokens)] * (len(tokens) * (count - 1))
+                        return [*range(len(tokens)), *nothing], torch.cat([sums, torch.zeros_like(sums[:1])])
+                    self._places, self._kept = {}, self._kept[:0]  # others may still read the old ones
+                self._learn(list(missing), count, embed)
+            places = self._places
+            return [count * places[own[number]] + number for number in range(count) for own in tokens], self._kept
 
     def _learn(self, tokens: list[int], count: int, embed: Callable[[Tensor], Tensor]) -> None:
         """In each of `count` places a token stands alone, among embeddings of 0."""
@@ -55,7 +62,7 @@ class TokenTerms:
         alone.diagonal(dim1=1, dim2=2).copy_(embedded[..., None])
         terms = self._terms(alone)
         if not len(self._kept):
-            self._kept = terms.new_empty(KEPT, *terms.shape[1:])  # memory is taken as it is written
+            self._kept = terms.new_empty(KEPT * count, terms.shape[-1])  # memory is taken as it is written
         start = len(self._places)
-        self._kept[start : start + len(tokens)] = terms
+        self._kept[start * count : (start + len(tokens)) * count] = terms.flatten(0, 1)
         self._places.update(zip(tokens, range(start, start + len(tokens)), strict=True))

@@ -25,13 +25,6 @@ LEAST_REACH = 0.25  # chance of drafts up to one that has changed, below which t
 # Scores (n, V), or (n, m) of tokens (n, m), of the drafts with these numbers (n,), block after block, or, if None, of
 # all B · K -> which of them, (n,).
 Choose = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
-Embed = Callable[[Tensor], Tensor]  # tokens (...) -> (..., E)
-
-
-class Sweep(Protocol):
-    """Makes the drafts with these numbers (n,), or all, behind tokens with these terms: drafts and confidences (n,)."""
-
-    def __call__(self, terms: Tensor, numbers: Tensor | None = None) -> tuple[Tensor, Tensor | None]: ...
 
 
 def largest(scores: Tensor, tokens: Tensor | None, numbers: Tensor | None) -> Tensor:
@@ -144,52 +137,89 @@ def draft(
         drafts = choose(scores, None, None) if masks > 1 else drafts
         if shortlist and isinstance(model.base.head, (nn.Linear, PackedLinear)):
             short = Shortlist(model, scores, shortlist)
-    prepared = sampler.prepare(latents)
+    sweeps = Sweeps(model, sampler, latents, short, choose, confident)
+    return (seen if latents.device.type == "cpu" else unseen)(sweeps, before[:, : sampler.tokens], drafts.view(shape))
 
-    def sweep(terms: Tensor, numbers: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """`Sampler.terms` (n, Q) of what stands before the drafts with these numbers, or all -> those drafts (n,)."""
-        sampled = sampler.finish(numbered(prepared, numbers), terms, numbered(latents, numbers))
-        scores = model.base.unembed(sampled) if short is None else short.scores(sampled, numbers)
-        of = None if short is None else numbered(short.tokens, numbers)
+
+class Sweeps:
+    """Makes drafts behind all N masks of some blocks, again and again behind other tokens."""
+
+    def __init__(
+        self,
+        model: MTPModel,
+        sampler: Sampler,
+        latents: Tensor,
+        short: Shortlist | None,
+        choose: Choose,
+        confident: bool,
+    ) -> None:
+        """latents (N, D) of the masks; with a `short` list only its tokens are scored."""
+        self.sampler, self.embed = sampler, model.base.embed
+        self._unembed, self._latents, self._short = model.base.unembed, latents, short
+        self._choose, self._confident = choose, confident
+        self._prepared: Tensor | None = None
+        head = model.sampled_head if latents.device.type == "cpu" else None
+        self._unembeds = head is not None and head.unembeds and short is None
+        self._block = None if head is None else head.block(latents, self._unembeds)
+
+    def look(self, before: Sequence[Sequence[int]], numbers: Sequence[int] | None) -> tuple[list[int], Sequence[float]]:
+        """The drafts with these numbers (n,), or at first all N, behind tokens before (n, T), the latest first; and how
+        sure they are, if that is asked for."""
+        of = None if numbers is None else torch.tensor(numbers)
+        if self._block is not None and self._unembeds:
+            if self._choose is largest:
+                tokens, chances = self._block.likeliest(before, numbers)
+                return tokens, chances if self._confident else []
+            made, sure = self._chosen(self._block.scores(before, numbers), of)
+        elif self._block is not None:
+            made, sure = self._chosen(self._scores(self._block.sampled(before, numbers), of), of)
+        elif self.sampler.remembered is not None:
+            made, sure = self.make(self.sampler.remembered.of(before, self.embed), of)
+        else:
+            made, sure = self.make(self.sampler.terms(self.embed(torch.tensor(before))), of)
+        return made.tolist(), [] if sure is None else sure.tolist()
+
+    def make(self, terms: Tensor, numbers: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The same, and (n,) each, for `Sampler.terms` (n, Q) of the tokens before."""
+        if self._prepared is None:
+            self._prepared = self.sampler.prepare(self._latents)
+        prepared, latents = numbered(self._prepared, numbers), numbered(self._latents, numbers)
+        return self._chosen(self._scores(self.sampler.finish(prepared, terms, latents), numbers), numbers)
+
+    def _scores(self, sampled: Tensor, numbers: Tensor | None) -> Tensor:
+        return self._unembed(sampled) if self._short is None else self._short.scores(sampled, numbers)
+
+    def _chosen(self, scores: Tensor, numbers: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        of = None if self._short is None else numbered(self._short.tokens, numbers)
         sure = None
-        if confident and choose is largest:
+        if self._confident and self._choose is largest:
             sure, index = scores.softmax(-1, dtype=torch.float32).max(-1)  # once through them for both
         else:
-            index = choose(scores, of, numbers)
-            sure = confidence(scores, index) if confident else None
+            index = self._choose(scores, of, numbers)
+            sure = confidence(scores, index) if self._confident else None
         return index if of is None else of.gather(1, index[:, None])[:, 0], sure
 
-    before, guessed = before[:, : sampler.tokens], drafts.view(shape)
-    return (seen if latents.device.type == "cpu" else unseen)(model.base.embed, sampler, before, guessed, sweep)
 
-
-def seen(embed: Embed, sampler: Sampler, before: Tensor, guessed: Tensor, sweep: Sweep) -> tuple[Tensor, Tensor | None]:
+def seen(sweeps: Sweeps, before: Tensor, guessed: Tensor) -> tuple[Tensor, Tensor | None]:
     """`draft`'s chain, from the T tokens before each block, (B, T), the latest first, and a guess of its drafts (B, K).
 
     After each sweep it looks what has yet to settle.
     """
     texts = [[*reversed(own), *drafts] for own, drafts in zip(before.tolist(), guessed.tolist(), strict=True)]
-    chain, numbers = Open(texts, sampler.tokens), None
+    chain, numbers = Open(texts, before.shape[1]), None
     for _ in range(chain.masks):
-        if sampler.remembered is not None:
-            terms = sampler.remembered.of(chain.before, embed)
-        else:
-            terms = sampler.terms(embed(torch.tensor(chain.before)))
-        made, sure = sweep(terms, numbers)
-        if not chain.again(made.tolist(), None if sure is None else sure.tolist()):
+        if not chain.again(*sweeps.look(chain.before, numbers)):
             break
-        numbers = torch.tensor(chain.numbers)
+        numbers = chain.numbers
     return torch.tensor(chain.drafts), torch.tensor(chain.sure).view(-1, chain.masks) if chain.sure else None
 
 
-def unseen(
-    embed: Embed, sampler: Sampler, before: Tensor, guessed: Tensor, sweep: Sweep
-) -> tuple[Tensor, Tensor | None]:
+def unseen(sweeps: Sweeps, before: Tensor, guessed: Tensor) -> tuple[Tensor, Tensor | None]:
     """The same without a look, which would stall a device's queue: all drafts are made again, a few times."""
-    text, count, sure = torch.cat([before.flip(1), guessed], dim=1), sampler.tokens, None
+    text, count, sure = torch.cat([before.flip(1), guessed], dim=1), before.shape[1], None
     for _ in range(min(text.shape[1] - count, UNSEEN_SWEEPS)):
         behind = text[:, :-1].unfold(1, count, 1).flatten(0, 1).flip(1)  # (B · K, T), the latest first
-        made, sure = sweep(sampler.terms(embed(behind)))
+        made, sure = sweeps.make(sweeps.sampler.terms(sweeps.embed(behind)))
         text[:, count:] = made.view(len(text), -1)
     return text[:, count:], None if sure is None else sure.view(len(text), -1)
 
@@ -224,7 +254,7 @@ class Open:
             found.append(self.texts[block][place : place + count][::-1])
         return found
 
-    def again(self, made: Sequence[int], sure: Sequence[float] | None = None) -> list[int]:
+    def again(self, made: Sequence[int], sure: Sequence[float] = ()) -> list[int]:
         """The drafts of the numbers named last, at first of all, and their confidences -> which to make again: those
         made behind other tokens, unless it is unlikely that they are reached."""
         self.stale.difference_update(self.numbers)
@@ -234,7 +264,7 @@ class Open:
                 self.texts[block][place + self.count] = token
                 end = number - place + self.masks
                 self.stale.update(range(number + 1, min(number + 1 + self.count, end)))
-        if sure is not None:
+        if sure:
             self.sure = self.sure or [1.0] * len(sure)
             for number, chance in zip(self.numbers, sure, strict=True):
                 self.sure[number] = chance
