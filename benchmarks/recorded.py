@@ -26,6 +26,7 @@ from torch import Tensor
 import foretell
 from foretell.cache import StaticCache
 from foretell.config import DecodeConfig
+from foretell.decoding.adaptive import Adaptive
 from foretell.decoding.calibration import Experience
 from foretell.decoding.costs import Costs, of_batch, plain_steps
 from foretell.decoding.draft import SamplerDrafter
@@ -33,7 +34,7 @@ from foretell.decoding.generate import MTPForCausalLM
 from foretell.decoding.pausing import Pause
 from foretell.decoding.pick import Picker
 from foretell.decoding.planner import Planner
-from foretell.decoding.strategies import Adaptive, Fixed, Running, Strategy
+from foretell.decoding.strategies import Fixed, Running, Strategy
 from foretell.evaluation.measure import encode_prompts
 from foretell.evaluation.prompts import load_prompts
 from foretell.layout import linear

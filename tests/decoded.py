@@ -12,13 +12,13 @@ from torch import Tensor
 from foretell.compiled import Form
 from foretell.config import DecodeConfig
 from foretell.decoding import loop
+from foretell.decoding.adaptive import Adaptive
 from foretell.decoding.calibration import Experience
 from foretell.decoding.costs import Costs
 from foretell.decoding.draft import SamplerDrafter
 from foretell.decoding.generate import MTPForCausalLM
 from foretell.decoding.pick import Picker
 from foretell.decoding.planner import Planner
-from foretell.decoding.strategies import Adaptive
 from foretell.evaluation.replay import ReplayDrafter
 
 PROFILE = (0.8, 0.6, 0.45, 0.3)  # chance that the first 1, 2, ... drafts hold: runs of every length, and rejections
@@ -56,7 +56,7 @@ def decode(
     if strategy == "adaptive":
         experience = Experience(masks)
         of_all = Planner(COSTS, experience)
-        of_all.took = lambda *args: None  # type: ignore[method-assign]  # what steps take here decides nothing
+        of_all.took = lambda *args, **more: None  # type: ignore[method-assign]  # what steps take here decides nothing
         planner = Adaptive(lambda sequences: of_all, experience, lookup)
     out = Decoded([[] for _ in prompts])
     for batch in loop.steps(model, [ids[0] for ids in prompts], config, picker, strategy=planner, drafter=drafter):

@@ -56,10 +56,12 @@ def test_a_planner_with_too_flat_a_table_learns_what_wide_steps_take() -> None:
         planner.took(layout, real(layout.width))
         planner.took(Layout(1), 2.0)
     planner.solve()
-    assert planner._table[0, 0] == pytest.approx(2.0)
+    assert planner.prices.table[0, 0] == pytest.approx(2.0)
     for drafts, masks in ((0, 4), (0, 8), (7, 8), (8, 16)):
-        assert planner._table[drafts, masks] == pytest.approx(real(drafts + 1 + masks), rel=0.15)
-    assert (np.diff(planner._table[:, 1:], axis=0) >= 0).all() and (np.diff(planner._table[:, 1:], axis=1) >= 0).all()
+        assert planner.prices.table[drafts, masks] == pytest.approx(real(drafts + 1 + masks), rel=0.15)
+    assert (np.diff(planner.prices.table[:, 1:], axis=0) >= 0).all() and (
+        np.diff(planner.prices.table[:, 1:], axis=1) >= 0
+    ).all()
 
 
 def test_means_count_but_disturbances_do_not() -> None:
@@ -74,11 +76,11 @@ def test_means_count_but_disturbances_do_not() -> None:
 
 def test_drafting_is_corrected_apart_from_steps() -> None:
     planner = Planner(Costs({1: 2.0, 9: 3.0}, {2: 3.0, 81: 9.0}, {1: 1.0, 8: 1.0}), Experience(8))
-    step = planner._table[0, 8]
+    step = planner.prices.table[0, 8]
     for _ in range(LATEST):
         planner.took(Layout(1, (Block(0, 8),)), step + 2.0, drafts=8, drafting=2.0)
     planner.solve()
-    assert planner._table[0, 8] == pytest.approx(step) and planner.drafting[8] == pytest.approx(2.0)
+    assert planner.prices.table[0, 8] == pytest.approx(step) and planner.prices.drafting[8] == pytest.approx(2.0)
 
 
 def test_what_is_long_ago_is_soon_outweighed_but_not_forgotten() -> None:
@@ -97,10 +99,10 @@ def test_what_is_long_ago_is_soon_outweighed_but_not_forgotten() -> None:
 def test_the_pace_is_what_known_kinds_of_steps_have_in_common() -> None:
     pace, known = Pace(), Fit(np.log(1.5), 0.5, np.log(9))
     assert pace.usual(7.0, 9, None) == 7.0  # may be the kind
-    for _ in range(40):
+    for _ in range(80):
         found = pace.usual(2 * 1.5 * 2**0.5, 18, known)
-    assert found == pytest.approx(1.5 * 2**0.5, rel=1e-3)
-    assert pace.usual(2 * 7.0, 9, None) == pytest.approx(7.0, rel=1e-3)
+    assert found == pytest.approx(1.5 * 2**0.5, rel=0.1)  # it returns to the usual a little at every step
+    assert pace.usual(2 * 7.0, 9, None) == pytest.approx(7.0, rel=0.1)
     found = pace.usual(2000.0, 9, known)  # a disturbance
     assert pace.usual(2 * 1.5, 9, known) == pytest.approx(1.5, rel=0.15)
 
@@ -109,7 +111,7 @@ def test_steps_of_a_busy_minute_are_no_dearer_than_those_of_a_quiet_one() -> Non
     """Steps with masks were seen while all took twice as long, plain ones then only in a quiet moment."""
     planner = Planner(Costs({1: 1.0, 9: 1.2}, {2: 1.2, 81: 3.0}, {8: 0.2}), Experience(8))
     masked = Layout(1, (Block(0, 8),))
-    real = float(planner._measured[0, 8])
+    real = float(planner.prices.measured[0, 8])
     for steps, pace in ((16, 1.0), (200, 2.0)):
         for _ in range(steps):
             planner.took(masked, pace * real)
@@ -119,4 +121,23 @@ def test_steps_of_a_busy_minute_are_no_dearer_than_those_of_a_quiet_one() -> Non
     for _ in range(32):
         planner.took(Layout(1), 1.0, resting=True)
     planner.solve()
-    assert planner._table[0, 8] / planner.resting == pytest.approx(real, rel=0.1)
+    assert planner.prices.table[0, 8] / planner.prices.resting == pytest.approx(real, rel=0.2)
+
+
+def test_disturbances_do_not_become_the_pace() -> None:
+    """One step in twenty takes up to 2.5 times as long; what steps cost must not fall for it, however long it goes on,
+    beside plain ones that nobody has seen since."""
+    planner, rng = (
+        Planner(Costs({1: 1.0, 9: 1.2}, {2: 1.2, 81: 3.0}, {8: 0.2}), Experience(8)),
+        np.random.default_rng(0),
+    )
+    masked, real = Layout(1, (Block(0, 8),)), float(planner.prices.measured[0, 8])
+    for _ in range(16):
+        planner.took(Layout(1), 1.0, resting=True)
+    for _ in range(100):
+        for _ in range(32):
+            disturbed = rng.uniform(1.5, 2.5) if rng.random() < 0.05 else 1.0
+            planner.took(masked, real * np.exp(rng.normal(0, 0.08)) * disturbed)
+        planner.solve()
+    assert planner.prices.table[0, 8] == pytest.approx(real, rel=0.06)
+    assert planner.prices.resting == pytest.approx(1.0, rel=0.05)

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from foretell.config import DecodeConfig
+from foretell.decoding.adaptive import Adaptive
 from foretell.decoding.calibration import Experience
 from foretell.decoding.lookup import LONGEST, REMEMBERED, TRIED, Found, TextLookup
 from foretell.decoding.planner import Planner
-from foretell.decoding.strategies import Adaptive, Running
+from foretell.decoding.strategies import Running
 from foretell.evaluation.optimum import by_width
 from foretell.evaluation.simulation import noisy_costs
 

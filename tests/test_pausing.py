@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from foretell.decoding.adaptive import TIMED, Adaptive
 from foretell.decoding.calibration import Experience
 from foretell.decoding.pausing import FIRST, IN_NEW_TEXT, PAUSES, RENEWED, WOKEN_BY, Batch, Pause
 from foretell.decoding.planner import SETTLED, Planner
-from foretell.decoding.strategies import TIMED, Adaptive, Running
+from foretell.decoding.strategies import Running
 from foretell.evaluation.optimum import by_width
 from foretell.evaluation.simulation import noisy_costs
 from foretell.layout import plain
@@ -207,7 +208,7 @@ def test_of_steps_at_rest_one_in_four_is_timed() -> None:
     for _ in range(10 * TIMED):
         assert strategy.layouts([row]) == [plain()] and strategy.paused
         strategy.took(plain(), 1.0)
-    assert planner._taken == 10
+    assert planner.prices._taken == 10
 
 
 def test_what_the_planner_promises_is_believed_for_a_while() -> None:

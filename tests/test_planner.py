@@ -12,11 +12,12 @@ import torch
 
 from foretell.config import DecodeConfig
 from foretell.decoding import costs as costs_module
+from foretell.decoding.adaptive import Adaptive
 from foretell.decoding.calibration import Calibration, Experience, log_odds
 from foretell.decoding.costs import Costs, costs, interpolated, masked_layout
 from foretell.decoding.planner import SETTLED, SOLVE_EVERY, TEXTS, Planner
 from foretell.decoding.shapes import ahead, shapes
-from foretell.decoding.strategies import Adaptive, Running
+from foretell.decoding.strategies import Running
 from foretell.evaluation.acceptance_profiles import named_profile
 from foretell.evaluation.optimum import by_width, optimum
 from foretell.evaluation.simulation import noisy_costs, simulate
@@ -90,42 +91,42 @@ def test_costs_follow_what_steps_really_take() -> None:
         experience.made([0.6] * 8)
     planner.solve()
     (before,) = planner.layouts([[1.0]], [1000])
-    plain_seconds, masked_seconds = planner._table[0, 0], planner._table[0, 8]
+    plain_seconds, masked_seconds = planner.prices.table[0, 0], planner.prices.table[0, 8]
     for _ in range(5):
         planner.took(before, 9.0)
     planner.solve()
-    assert planner._table[0, 8] == masked_seconds  # one odd step, or five, is no rule
+    assert planner.prices.table[0, 8] == masked_seconds  # one odd step, or five, is no rule
     for _ in range(64):
         planner.took(plain(), 2.0)  # a machine half as fast
         planner.took(plain(2), 2.4)
         planner.took(Layout(1, (Block(0, 8),)), 2.0 * 5.0)
     planner.solve()
-    assert planner._table[0, 0] == pytest.approx(2.0 * plain_seconds)
-    assert planner._table[1, 0] == pytest.approx(2.4)
-    assert planner._table[0, 8] == pytest.approx(10.0) and planner._table[3, 8] > 10.0
+    assert planner.prices.table[0, 0] == pytest.approx(2.0 * plain_seconds)
+    assert planner.prices.table[1, 0] == pytest.approx(2.4)
+    assert planner.prices.table[0, 8] == pytest.approx(10.0) and planner.prices.table[3, 8] > 10.0
     (after,) = planner.layouts([[1.0]], [1000])
     assert before.masks > 0 and after.masks == 0
 
 
 def test_what_is_not_timed_is_as_fast_as_what_is() -> None:
     planner = Planner(noisy_costs(4, COSTS["1B"], 0.0, np.random.default_rng(0)), Experience(4))
-    ratio = planner._table[0, 4] / planner._table[0, 0]
+    ratio = planner.prices.table[0, 4] / planner.prices.table[0, 0]
     for _ in range(20):
         planner.took(plain(), 3.0)
     planner.solve()
-    assert planner._table[0, 0] == pytest.approx(3.0)
-    assert planner._table[0, 4] / planner._table[0, 0] == pytest.approx(ratio)
+    assert planner.prices.table[0, 0] == pytest.approx(3.0)
+    assert planner.prices.table[0, 4] / planner.prices.table[0, 0] == pytest.approx(ratio)
 
 
 def test_what_is_not_timed_is_not_taken_for_faster() -> None:
     """Plain steps may be faster than measured for reasons of their own, such as a shorter text."""
     planner = Planner(noisy_costs(4, COSTS["1B"], 0.0, np.random.default_rng(0)), Experience(4))
-    before = planner._table.copy()
+    before = planner.prices.table.copy()
     for _ in range(20):
         planner.took(plain(), 0.5)
     planner.solve()
-    assert planner._table[0, 0] == pytest.approx(0.5)
-    assert planner._table[:, 1:] == pytest.approx(before[:, 1:]) and planner._table[1:, 0] == pytest.approx(
+    assert planner.prices.table[0, 0] == pytest.approx(0.5)
+    assert planner.prices.table[:, 1:] == pytest.approx(before[:, 1:]) and planner.prices.table[1:, 0] == pytest.approx(
         before[1:, 0]
     )
 
@@ -218,7 +219,7 @@ def test_what_a_shape_is_worth() -> None:
     experience = Experience(4)
     planner = Planner(noisy_costs(4, COSTS["1B"], 0.0, np.random.default_rng(0)), experience)
     planner.solve()
-    reach, left = [1.0, 0.9, 0.5, 0.1], planner.value + planner.drafting
+    reach, left = [1.0, 0.9, 0.5, 0.1], planner.value + planner.prices.drafting
     for index, shape in enumerate(planner.shapes.layouts):
         drafts, masks = shape.regular - 1, dict(shape.blocks)
         if drafts > 3:

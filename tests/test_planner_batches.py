@@ -52,11 +52,11 @@ def test_a_batch_gets_the_best_shapes_there_are(seed: int) -> None:
         fits = [(verified <= d) & (masks <= m) & (verified < len(own)) for own in reach]
         chosen = [int(np.where(fit, own, np.inf).argmin()) for fit, own in zip(fits, worth.T, strict=True)]
         mean = np.mean([own[index] for own, index in zip(worth.T, chosen, strict=True)])
-        best = min(best, (planner._table[d, m] + mean, chosen))
+        best = min(best, (planner.prices.table[d, m] + mean, chosen))
     found = planner.layouts(reach, [100] * 3)
     wide = max(shape.regular for shape in found) - 1, max(shape.masks for shape in found)
     mean = np.mean([own[planner.shapes.layouts.index(shape)] for own, shape in zip(worth.T, found, strict=True)])
-    assert planner._table[wide] + mean == pytest.approx(best[0])
+    assert planner.prices.table[wide] + mean == pytest.approx(best[0])
 
 
 def test_drafts_alone_are_weighed_as_all_shapes_are() -> None:
@@ -159,7 +159,7 @@ def test_a_batch_that_thins_out_is_priced_when_that_is_asked_for() -> None:
     planner = Planner(Costs({1: 4.0}, {2: 5.0, 25: 9.0}, {4: 0.0}), Experience(4))
     planner.reprice(Unpriced({}, {}, {}), np.array([1.0, 3.0]))
     planner.took(plain(), 3.0)
-    assert planner.plain_seconds == 3.0 and planner.sequences == 2
+    assert planner.prices.plain_seconds == 3.0 and planner.sequences == 2
     with pytest.raises(AssertionError, match="priced"):
         planner.layouts([[1.0]] * 2, [10, 10])
 
@@ -270,7 +270,7 @@ def test_what_so_many_sequences_cost_is_worked_out_once(monkeypatch: pytest.Monk
         for size in (4, 2):
             planner.reprice(tables[size], plain_steps(tables, size))
             urgency = planner.urgency([10] * size, False)
-            assert planner.plain_seconds == size and urgency == pytest.approx([1.0] * size)
+            assert planner.prices.plain_seconds == size and urgency == pytest.approx([1.0] * size)
     assert priced == [tables[4], tables[2]]
     planner.reprice(changed := tables[2].scaled(2.0), plain_steps(tables, 2))
     planner.urgency([10] * 2, False)

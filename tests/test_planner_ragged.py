@@ -87,11 +87,11 @@ def test_small_models_are_planned_for_together() -> None:
     small = Costs(
         *({key: value / 100 for key, value in table.items()} for table in (found.regular, found.masked)), {1: 0}
     )
-    assert planner_of(found).ragged
+    assert planner_of(found).prices.ragged
     planner = planner_of(small)
     planner.reprice(small, 0.00064 * np.linspace(0.8, 1, SEQUENCES))
     planner.layouts([[1.0]] * SEQUENCES, [100] * SEQUENCES)
-    assert not planner.ragged and planner.shapes.layouts == shapes(8, several=True).layouts
+    assert not planner.prices.ragged and planner.shapes.layouts == shapes(8, several=True).layouts
     planner.probe_soon()
     assert all(layout.masks for layout in planner.layouts([[1.0]] * SEQUENCES, [100] * SEQUENCES))
 
@@ -111,7 +111,9 @@ def simulated(planner: RaggedPlanner, steps: int) -> float:
     for _ in range(steps):
         layouts = planner.layouts([[1.0, *PROFILE[:count]] for count in drafts], [10_000] * SEQUENCES)
         beyond = sum(layout.width for layout in layouts) - SEQUENCES
-        seconds += float((planner._with_masks if any(one.masks for one in layouts) else planner._without)[beyond])
+        seconds += float(
+            (planner.prices.with_masks if any(one.masks for one in layouts) else planner.prices.without)[beyond]
+        )
         for b, layout in enumerate(layouts):
             held = int((np.array(PROFILE[: layout.regular - 1]) > random.random()).sum())
             tokens += held + 1
@@ -138,5 +140,5 @@ def bound(seconds: Floats) -> float:
 def test_it_comes_close_to_what_is_possible(free: float, row: float) -> None:
     planner = planner_of(costs(free, row))
     rate = simulated(planner, 1500)
-    assert rate >= 0.95 * bound(planner._with_masks)
+    assert rate >= 0.95 * bound(planner.prices.with_masks)
     assert rate > 1.1 * SEQUENCES / 0.064

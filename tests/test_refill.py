@@ -6,12 +6,12 @@ import pytest
 from torch import Tensor
 
 from foretell.config import DecodeConfig
+from foretell.decoding.adaptive import Adaptive
 from foretell.decoding.generate import MTPForCausalLM
 from foretell.decoding.loop import refilled_steps
 from foretell.decoding.pick import Picker
 from foretell.decoding.planning import strategy_of
 from foretell.decoding.stopping import Stop
-from foretell.decoding.strategies import Adaptive
 
 from .fitted import fitted
 from .models import random_prompt, tiny_model

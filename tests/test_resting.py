@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from foretell.decoding.adaptive import Adaptive
 from foretell.decoding.calibration import Experience
 from foretell.decoding.pausing import FIRST, WOKEN_BY, Pause
 from foretell.decoding.planner import SETTLED, TEXTS, TOO_LATE, Planner
-from foretell.decoding.strategies import Adaptive, Running
+from foretell.decoding.strategies import Running
 from foretell.evaluation.optimum import by_width
 from foretell.evaluation.simulation import noisy_costs
 from foretell.layout import plain
@@ -145,7 +146,7 @@ def test_drafts_that_would_not_be_verified_are_not_planned_for_and_teach(dear: b
     assert strategy.layouts([Running(98, 10**6, list(range(50)))]) == [plain()] and strategy.paused
     planner.least_chance = 0.0
     if dear:
-        planner._table[1:] += 4 * planner.resting
+        planner.prices.table[1:] += 4 * planner.prices.resting
     drafts = strategy.drafted([row], torch.empty((1, 0), dtype=torch.long), None)
     assert bool(drafts.numel()) == bool(row.drafts) == bool(verified)
     (block,) = strategy.open[99]

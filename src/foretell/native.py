@@ -21,7 +21,9 @@ from pathlib import Path
 
 import torch
 
-SOURCES = [Path(__file__).parent / name for name in ("streamed.cpp", "attended.cpp", "sampled.cpp", "vectors.h", "products.h")]
+SOURCES = [
+    Path(__file__).parent / name for name in ("streamed.cpp", "attended.cpp", "sampled.cpp", "vectors.h", "products.h")
+]
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 PATIENCE = 120  # seconds for the compiler, which takes some five
 OPENMP = ("libgomp", "libomp", "libiomp")

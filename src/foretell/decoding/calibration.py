@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ WINDOW = 32  # blocks whose confidences stand for those to come
 EARLIER = 4  # texts whose blocks do while a new one has told little
 ALIKE = 0.2  # of the variance within a text, how much there is between texts: a first guess, worth `GUESSED` texts
 GUESSED = 2
+TELLING = 8  # blocks after which a text has told itself what it is like
 TEXTS = 16  # whose ends tell how texts end
 FIRST_GUESS = 0.6  # confidence of every draft before anything was seen
 
@@ -113,6 +115,15 @@ class Calibration:
         self._reach.clear()
 
 
+class Told(NamedTuple):
+    """What a text's blocks promised: log-odds (k,) of each, and of the drafts that should hold the mean over blocks and
+    the squares of the differences from it."""
+
+    blocks: list[list[float]]
+    mean: float
+    squares: float
+
+
 class Experience:
     """What decoding has taught: what the drafts of masks and of the text itself are worth, and what steps promised."""
 
@@ -125,8 +136,9 @@ class Experience:
         # Of blocks, log-odds (k,): of this text, or of those of a batch, and of each of the last ones.
         self._own: deque[list[float]] = deque(maxlen=WINDOW)
         self._told = 0  # blocks of this text, also those forgotten
-        self._earlier: deque[list[list[float]]] = deque(maxlen=EARLIER)
+        self._earlier: deque[Told] = deque(maxlen=EARLIER)
         self._apart = ALIKE  # variance between texts in units of that within one, of the drafts that should hold
+        self.alike = False  # whether texts have lately been of a kind; those of a batch are taken for it
         self._found: deque[list[float]] = deque(maxlen=WINDOW)  # of steps, chances (n+1,) of the text's own drafts
 
     def found(self, reach: list[float]) -> None:
@@ -150,13 +162,22 @@ class Experience:
         until it has shown that itself; many at once show it soon, so that there each new one takes an earlier's place.
         """
         self._found.clear()
+        many = sequences > 1
         if self._own:
-            self._earlier.append(spread(list(self._own), min(len(self._own), WINDOW)))
+            blocks = spread(list(self._own), min(len(self._own), WINDOW))
+            promised = self.calibration.reaches(blocks).sum(1)
+            self._earlier.append(Told(blocks, float(promised.mean()), float(promised.var()) * len(blocks)))
             self._apart = self._differ()
         self._own, self._told = deque(maxlen=WINDOW * sequences), 0
-        if sequences > 1:
-            self._own.extend(block for text in self._earlier for block in text)
+        self.alike = bool(self._earlier) if many else len(self._earlier) > 1 and self._apart < ALIKE
+        if many:
+            self._own.extend(block for text in self._earlier for block in text.blocks)
             self._earlier.clear()
+
+    @property
+    def familiar(self) -> bool:
+        """Whether it is known what to expect of this text."""
+        return self.alike or self._told >= TELLING
 
     def recent_reach(self) -> tuple[Floats, Floats]:
         """Twice (N, k+1): the chances that the first 0..k drafts hold by all that is known now, of blocks that stand
@@ -166,7 +187,7 @@ class Experience:
         """
         for calibration in (self.calibration, self.lookup):
             calibration.learn()
-        own, earlier = list(self._own), [block for text in self._earlier for block in text]
+        own, earlier = list(self._own), [block for text in self._earlier for block in text.blocks]
         count = min(WINDOW, len(own))
         if earlier:
             # The best guess at a mean of which there are few examples, where those of like groups are known.
@@ -184,15 +205,14 @@ class Experience:
 
     def _differ(self) -> float:
         """Variance between texts in units of that within one, by what was seen of the last ones."""
-        counts = np.array([len(blocks) for blocks in self._earlier])
-        promised = self.calibration.reaches([block for text in self._earlier for block in text]).sum(1)
-        starts = np.cumsum(counts) - counts
-        middles = np.add.reduceat(promised, starts) / counts
-        within = float(np.square(promised - np.repeat(middles, counts)).sum() / max(1, counts.sum() - len(counts)))
-        if len(counts) < 2 or not within:
+        texts, counts = len(self._earlier), [len(text.blocks) for text in self._earlier]
+        within = sum(text.squares for text in self._earlier) / max(1, sum(counts) - texts)
+        if texts < 2 or not within:
             return ALIKE
-        between = max(0.0, float(middles.var(ddof=1)) / within - float((1 / counts).mean()))
-        return (between * (len(counts) - 1) + ALIKE * GUESSED) / (len(counts) - 1 + GUESSED)
+        middle = sum(text.mean for text in self._earlier) / texts
+        variance = sum((text.mean - middle) ** 2 for text in self._earlier) / (texts - 1)
+        between = max(0.0, variance / within - sum(1 / count for count in counts) / texts)
+        return (between * (texts - 1) + ALIKE * GUESSED) / (texts - 1 + GUESSED)
 
 
 def spread(blocks: list[list[float]], count: int) -> list[list[float]]:

@@ -16,7 +16,12 @@ SPREAD, SLOPE = 0.1, 0.1  # of logarithms: usual deviation of a step, and of the
 SMALL = 0.03  # deviations below count as so large
 ROUNDS = 4  # of fitting
 DISTURBED = math.log(1.5)  # steps that take so much longer than usual count for nothing
+CHAINS = math.log(4.0)  # as much longer making drafts may well take, which are gone over once or several times
 FOLLOWS = 1 / 4  # of what a step takes beyond the expected, how much is the machine's pace from then on
+SURPRISE = 0.2  # of logarithms: more is taken for so much, as single steps are disturbed
+# Of the pace, how much is gone at every step: steps are disturbed but never the other way round, so that it would rise
+# and rise, and what the steps cost that are fitted by it fall, beside those of kinds not seen for long.
+RETURNS = 1 / 32
 
 
 class Fit(NamedTuple):
@@ -55,7 +60,7 @@ class Pace:
         found = share * math.exp(-self._level)
         if fit is not None:
             surprise = math.log(found) - fit.level - fit.slope * (math.log(width) - fit.usual)
-            self._level += FOLLOWS * min(max(surprise, -DISTURBED), DISTURBED)
+            self._level += FOLLOWS * min(max(surprise, -SURPRISE), SURPRISE) - RETURNS * self._level
         return found
 
 
@@ -70,9 +75,10 @@ class Correction:
     one as cheap as the others every so often; none of it, and a few trials would not outweigh a busy hour.
     """
 
-    def __init__(self, fewest: int) -> None:
-        """`fewest`: steps that a fit takes: before them nothing is corrected."""
-        self.fewest = fewest
+    def __init__(self, fewest: int, disturbed: float = DISTURBED) -> None:
+        """`fewest`: steps that a fit takes: before them nothing is corrected; `disturbed`: logarithm of how many times
+        as long as usual steps take that count for nothing."""
+        self.fewest, self._disturbed = fewest, disturbed
         # Logarithms of the width and of the share of the measured seconds; when.
         self._steps: deque[tuple[float, float, int]] = deque(maxlen=LATEST)
         self._known: Fit | None = None
@@ -106,4 +112,4 @@ class Correction:
             determinant = total * second - first**2
             level, slope = (second * one - first * other) / determinant, (total * other - first * one) / determinant
         beyond = shares - level - slope * away
-        return Fit(level + math.log(np.exp(beyond[beyond < DISTURBED]).mean()), slope, usual)
+        return Fit(level + math.log(np.exp(beyond[beyond < self._disturbed]).mean()), slope, usual)

@@ -10,10 +10,11 @@ from itertools import groupby
 import numpy as np
 
 from foretell.decoding.calibration import Experience, Floats, means
-from foretell.decoding.correction import Correction, Fit, Pace
-from foretell.decoding.costs import Costs, Priced
+from foretell.decoding.costs import Costs
+from foretell.decoding.habit import STEPS_PLANNED, Habit
+from foretell.decoding.prices import DRAFTS, HABIT, MASKS, PLANNED, RESTING, Prices
 from foretell.decoding.problem import Problem
-from foretell.decoding.shapes import ahead, shapes
+from foretell.decoding.shapes import Shapes, ahead, shapes
 from foretell.layout import Block, Layout
 
 FIRST_ROUNDS, ROUNDS = 10, 2  # of policy iteration, at most: from nothing, and from the last solution
@@ -21,17 +22,18 @@ FIRST_CLOSE, CLOSE = 0.01, 0.3  # tokens: a round that changes less is the last
 # Steps between solutions, doubling from the first to the last: of one sequence and, at least, of a batch, each step of
 # which tells as much as many of one.
 SOLVE_EVERY, SOLVE_BATCH_EVERY = (8, 32), 2
+SELDOM = 128  # steps between solutions in texts of a kind, at most
 SOLVING = 0.03  # of plain decoding's time, that solutions may take in a text like the last ones
 # A solution for so many times as many sequences, or as few, won't do, unless so few tokens are left. What becomes of
 # more than a few as some of them end is not worth a solution.
 APART, FEW, SHORT = 2, 4, 16
-PLAIN_TIMED, TIMED = 4, 6  # steps that correct the costs of their kind, at least: plain ones are all alike
 PROBE_EVERY = (8, 256)  # steps without masks before some are tried again, `PROBE_RARER` times as many while in vain
 PROBE_RARER = 8
 PROBE_MASKS, FEWEST_PROBED = 4, 2  # the first drafts tell most
 TOO_LATE = 8  # tokens that a text may still get in which nothing is tried any more
 UNTAUGHT = 16  # blocks of the text's own drafts that are learnt from at a time, at rest
 PAYS = 0.93  # plain steps that a token must cost less than for anything else to be worth its trouble
+HABIT_PAYS = 0.97  # the same for a habit, which is less trouble
 SETTLED = 2  # steps after which the fate of what was tried is known
 TEXTS = 4  # in a row in which nothing paid, after which only one of so many begins with masks
 
@@ -51,24 +53,11 @@ class Planner:
     def __init__(self, costs: Costs, experience: Experience) -> None:
         self.masks = masks = experience.masks
         self.experience = experience
-        self.shapes = shapes(masks)
-        # Of plain steps without planning, of planned ones with neither drafts nor masks, drafts alone, masks.
-        fewest = PLAIN_TIMED, PLAIN_TIMED, TIMED, TIMED
-        self._corrections = [Correction(count) for count in fewest]
-        self._of_drafting = Correction(TIMED)  # of making drafts, by their number
-        self._pace, self._taken = Pace(), 0  # steps
-        self._widths = np.arange(1.0, masks + 2)[:, None] + np.arange(masks * (masks + 1) + 1)  # by drafts and masks
+        self._choose_from(shapes(masks))
+        self.prices = Prices(costs, masks, self.own_rows)
         self.value = np.zeros(masks + 1)
-        self._measured, self._drafting = costs.steps(masks), costs.drafting(masks)
-        self._priced: dict[int, Priced] = {}  # the last ones, by number of sequences
-        self._fits: list[Fit | None] = []
-        self._table, self.per_token = self._measured, float(self._measured[0, 0])
-        self.resting = self.per_token  # seconds of a plain step without planning
-        self.sequences = self._solved_for = 1
-        self.plain: Floats = self._measured[0, :1]  # (n,): seconds of a plain step of 1, 2, ... n sequences
-        self._costs: Costs | None = None  # that hold from now on
-        self._known = costs  # that hold
-        self._shares = [1.0]
+        self.per_token = self.prices.resting
+        self._solved_for = 1  # sequences
         self._of_shared: tuple[Floats, Floats] | None = None  # weights of shapes that a step shares, seconds of pairs
         self._correct_costs()
         self._weigh()
@@ -79,33 +68,27 @@ class Planner:
         self._without_masks, self._probe_every = 0, PROBE_EVERY[0]
         self._until_solution, self._solve_every = 0, SOLVE_EVERY[0]
         self._solving = math.inf  # seconds that a solution takes, at least
+        self.solved_in = 0.0  # seconds that one took before the last step, 0 if there was none
+        self.habit = Habit()
 
     def reprice(self, costs: Costs, plain: Floats) -> None:
         """From now on steps cost this, and plain ones (n,) of 1, 2, ... n sequences that, if n are decoded."""
-        self.plain, self.sequences, self._costs = plain, len(plain), costs
+        self.prices.reprice(costs, plain)
 
     def _price(self) -> None:
-        """As `reprice` has said: a batch that thins out while nothing is planned has new costs at every other step."""
-        if self._costs is None:
-            return
-        costs, self._costs = self._costs, None
-        known = self._priced.get(self.sequences)
-        if known is None or known.costs is not costs:
-            known = self._priced[self.sequences] = Priced.of(costs, self.plain, self.masks)
-        self._known, self._measured, self._drafting, self._shares = known
-        self.shapes = shapes(self.masks, self.sequences > 1, self.ragged)
-        self._correct_costs()  # which scales the solution
-        self._weigh()
+        """As `reprice` has said, if that is new."""
+        if self.prices.renew():
+            self._choose_from(shapes(self.masks, self.sequences > 1, self.prices.ragged))
+            self._correct_costs()  # which scales the solution
+            self._weigh()
+
+    def _choose_from(self, found: Shapes) -> None:
+        self.shapes, self._few = found, np.arange(len(found.layouts))
 
     @property
-    def ragged(self) -> bool:
-        """Whether every sequence gets the layout that is best for it, whatever the others have."""
-        return False
-
-    @property
-    def plain_seconds(self) -> float:
-        """Of a plain step, as measured."""
-        return float(self.plain[-1])
+    def sequences(self) -> int:
+        """That share a step."""
+        return self.prices.sequences
 
     def layouts(
         self,
@@ -115,6 +98,7 @@ class Planner:
     ) -> list[Layout]:
         """One layout per sequence, for the chances (m_b + 1,) that the first 0, 1, ... of its drafts hold, the
         tokens it may still get, and what a token of it is worth beside those of others (see `urgency`)."""
+        self.solved_in = 0.0
         self._price()
         reach = [own[:left] for own, left in zip(reach, remaining, strict=True)]
         urgency = urgency or [1.0] * len(reach)
@@ -124,8 +108,10 @@ class Planner:
             self._until_solution = 0
         if self._until_solution == 0:
             self._until_solution = self._solve_every
-            self._solve_every = min(2 * self._solve_every, SOLVE_EVERY[1])
+            self._solve_every = min(2 * self._solve_every, max(SOLVE_EVERY[1], self._solve_every))
             self.solve()
+            if self.habit.left:
+                self._until_solution = STEPS_PLANNED
         self._until_solution -= 1
         if len(reach) > 1:
             chosen = self._best_together(reach, urgency)
@@ -147,7 +133,7 @@ class Planner:
         """
         self._price()
         urgency = [1.0] * len(remaining)
-        if refilled or len(remaining) == 1 or len(self._shares) != len(remaining):
+        if refilled or len(remaining) == 1 or len(self.prices.shares) != len(remaining):
             return urgency
         known = 1 - self.experience.stopped
         order = sorted(range(len(remaining)), key=remaining.__getitem__, reverse=True)
@@ -155,16 +141,20 @@ class Planner:
         for _, rows in groupby(order, key=remaining.__getitem__):
             equal = list(rows)
             end = start + len(equal)
-            share = sum(self._shares[start:end]) / len(equal)
+            share = sum(self.prices.shares[start:end]) / len(equal)
             for row in equal:
                 urgency[row] += known * (share - 1.0)
             start = end
         return urgency
 
     def _best(self, reach: Sequence[float]) -> int:
-        """The best shape for one sequence, for the chances that the first 0, 1, ... of its drafts hold."""
-        end = self.shapes.ends[len(reach) - 1]
-        return int((self._scores[:end, : len(reach)] @ np.array(reach)).argmin())
+        """The best shape for one sequence, for the chances that the first 0, 1, ... of its drafts hold.
+
+        Of those that were best for any recent block: all of them are more than the processor has at hand.
+        """
+        states = len(reach)
+        best = (self._scores[: self._few_ends[states - 1], :states] @ np.array(reach)).argmin()
+        return int(self._few[best])
 
     def _best_together(self, reach: Sequence[Sequence[float]], urgency: Sequence[float]) -> list[int]:
         """The same for sequences that share a step: all pay for the most drafts and the most masks among them."""
@@ -175,7 +165,7 @@ class Planner:
             return [self._best([1.0])] * len(reach)
         shared = self.shapes.shared
         if self._of_shared is None:
-            self._of_shared = shared.weights(self._weights), self._table[:, self.shapes.totals]
+            self._of_shared = shared.weights(self._weights), self.prices.table[:, self.shapes.totals]
         weights, seconds = self._of_shared
         # `value` sees one sequence that pays for the whole step: their mean is the step's.
         worth = weights @ ahead(reach, [weight / len(reach) for weight in urgency], self.masks + 1)  # (G, B)
@@ -183,7 +173,7 @@ class Planner:
 
     def _gained(self, reach: Sequence[Sequence[float]], urgency: Sequence[float]) -> list[float]:
         """What verifying up to 0, 1, ... drafts gains, for the tokens that may be expected to hold."""
-        gained, worth = [0.0], min(self.per_token, self.resting)
+        gained, worth = [0.0], min(self.per_token, self.prices.resting)
         for r in range(1, max(map(len, reach))):
             held = sum(weight * own[r] for own, weight in zip(reach, urgency, strict=True) if len(own) > r)
             gained.append(gained[-1] + held * worth / len(reach))
@@ -191,14 +181,14 @@ class Planner:
 
     def _drafts_alone(self, reach: Sequence[Sequence[float]], gained: Sequence[float]) -> list[int]:
         """The best shapes without masks, where only the number of drafts is to choose."""
-        drafts = int((self._table[: len(gained), 0] - gained).argmin())
+        drafts = int((self.prices.table[: len(gained), 0] - gained).argmin())
         return [int(self.shapes.starts[min(drafts, len(own) - 1)]) for own in reach]
 
     def verifies(self, reach: Sequence[float]) -> tuple[int, float]:
         """How many drafts with these chances (n+1,) to verify of one sequence at rest, and the seconds beyond those of
         a plain step that this takes; such a step has to be planned for."""
         gained = self._gained([reach], [1.0])
-        more = [0.0, *(seconds - self.resting for seconds in self._table[1 : len(gained), 0].tolist())]
+        more = [0.0, *(seconds - self.prices.resting for seconds in self.prices.table[1 : len(gained), 0].tolist())]
         drafts = max(range(len(gained)), key=lambda drafts: gained[drafts] - more[drafts])
         return drafts, more[drafts]
 
@@ -208,13 +198,19 @@ class Planner:
         self._in_vain = 0 if self._paid else self._in_vain + 1
         self._alike, self._paid_before = self._alike + 1 if self._paid == self._paid_before else 0, self._paid
         self._began_with = self.sequences
+        if self.habit.left and self.experience.alike:
+            return
+        self.habit.left = 0
+        left = self._until_solution
         if self.sequences == 1 or not (self._solved and self._paid):
             self._solve_every = max(SOLVE_BATCH_EVERY, SOLVE_EVERY[0] // self.sequences)
         if self.sequences == 1 and self._solved:
             # Soon, then not so soon: earlier texts have told most of it, and many texts are short; not so soon either
             # where the last ones were of a kind.
-            soon = SETTLED, 2 * SOLVE_EVERY[0]
-            self._until_solution, self._solve_every = self._seldom() if self._alike >= TEXTS else soon
+            self._until_solution, self._solve_every = SETTLED, 2 * SOLVE_EVERY[0]
+            if self._alike >= TEXTS:
+                first, self._solve_every = self._seldom()
+                self._until_solution = min(left, first)
         self._probe_every = PROBE_EVERY[0]
         self.probe_soon()
         if self._in_vain * self.sequences >= TEXTS and self._in_vain % TEXTS:
@@ -224,7 +220,8 @@ class Planner:
         """Steps before the first solution in a text like the last ones, and from it to the next: no sooner than what it
         takes is a small part of what is decoded meanwhile, so that a small model does not wait for it."""
         first, latest = SOLVE_EVERY
-        return min(latest, max(first, math.ceil(self._solving / (SOLVING * self.resting)))), latest
+        seldom = min(SELDOM, max(first, math.ceil(self._solving / (SOLVING * self.prices.resting))))
+        return seldom, max(seldom, latest)
 
     def rests(self, remaining: int) -> bool:
         """Whether neither planning nor masks promise to pay at the next step, nor is it time to try some, where a text
@@ -258,7 +255,7 @@ class Planner:
     @property
     def gain(self) -> float:
         """Tokens that the time of a plain step promises to give, above one."""
-        return self.resting / self.per_token - 1
+        return self.prices.resting / self.per_token - 1
 
     def probe_soon(self) -> None:
         """Hang masks at the next step, whether they seem worth it or not."""
@@ -283,68 +280,28 @@ class Planner:
         drafts: float = 0,
         drafting: float = 0.0,
         resting: bool = False,
+        habit: bool = False,
         width: float | None = None,
     ) -> None:
         """A step that was filled up to this layout took so long, `drafting` of it for so many drafts of a sequence on
-        average; `resting`: nothing was planned. `width`: rows of a sequence on average, if not all are the layout's."""
-        self._taken += 1
-        usual = float(np.interp(drafts, np.arange(self.masks + 1), self._drafting))
-        if drafting > 0 and usual > 0:
-            share = self._pace.usual(drafting / usual, drafts, None)
-            self._of_drafting.took(drafts, share, self._taken)
-            seconds -= drafting
-        kind = 0 if resting else 3 if layout.masks else 2 if layout.regular > 1 else 1
-        rows, expected = self._expected(layout, width)
-        rows = rows if kind > 1 else self.sequences
-        share = self._pace.usual(seconds / expected, rows, self._fits[kind])
-        self._corrections[kind].took(rows, share, self._taken)
-
-    def _expected(self, layout: Layout, width: float | None) -> tuple[float, float]:
-        """The rows of a sequence that count in such a step, and the seconds measured for it."""
-        if layout.width == 1:
-            return 1, self.plain_seconds
-        return layout.width, float(self._measured[layout.regular - 1, layout.masks])
+        average; `resting`, `habit`: nobody planned it. `width`: rows of a sequence on average, if not all are the
+        layout's."""
+        kind = MASKS if layout.masks else DRAFTS if layout.regular > 1 else PLANNED
+        kind = RESTING if resting else HABIT if habit else kind
+        self.prices.took(kind, layout, seconds, drafts, drafting, width)
 
     def _trial(self, layout: Layout, sequences: int) -> list[Layout]:
         """A step in which masks are tried, in this layout."""
         return [layout] * sequences
 
     def _correct_costs(self) -> None:
-        """Steps of every kind cost what was measured, corrected by what the latest took at the machine's usual pace."""
-        fits = [correction.fit(self._taken) for correction in (*self._corrections, self._of_drafting)]
-        if fits != self._fits:
-            self._fits = fits
-            self._refit()
-        known, (resting, planned, *_) = self._usual, fits
-        resting, planned = resting or planned or known, planned or resting or known
-        plain_seconds = float(self._measured[0, 0]) * planned.at(self.sequences)
-        # Planning costs nothing less; steps at rest come behind prompts and trials more often.
-        self.resting = min(plain_seconds, float(self._measured[0, 0]) * resting.at(self.sequences))
-        scale = plain_seconds / self._table[0, 0]
-        self.per_token, self.value = self.per_token * scale, self.value * scale  # as all costs change, so do these
-        self._table = self._measured * self._factors
-        self._table[0, 0] = plain_seconds
-        for axis in (0, 1) if self._falls else ():
-            self._table[:, 1:] = np.maximum.accumulate(self._table[:, 1:], axis)
-        # (k+1,): seconds of making the drafts of a block of n masks.
-        self.drafting = np.maximum.accumulate(self._drafting * self._drafting_factors)
-        seconds = self._table[self.shapes.verified, self.shapes.hung]
-        self._problem = Problem(self.shapes, seconds, self.drafting)
-        self._dearer = (self._table - self._table[0]).min(1).tolist()  # (k+1,): what verifying d drafts adds, at least
-        # Chance of a first draft below which neither it nor what comes behind it pays for its rows.
-        self.least_chance = min(more / drafts for drafts, more in enumerate(self._dearer) if drafts) / self.resting
-
-    def _refit(self) -> None:
-        """Factors of all that is measured but plain steps, for any number of sequences."""
-        *fits, drafting = self._fits
-        known = next(filter(None, fits), Fit(0.0, 0.0, 0.0))
-        # Busy machines slow all kinds of steps, idle ones not.
-        self._usual = known = known._replace(level=max(known.level, 0.0), slope=0.0)
-        self._usually = drafted, masked = [fit or known for fit in fits[2:]]
-        self._factors = masked.at_all(self._widths)
-        self._factors[:, 0] = drafted.at_all(self._widths[:, 0])
-        self._falls = masked.slope < 0  # perhaps faster with the width than what was measured rises
-        self._drafting_factors = (drafting or known).at_all(np.maximum(np.arange(self.masks + 1), 1))
+        """By what steps take, with which the solution changes as plain steps do."""
+        scale = self.prices.correct()
+        self.per_token, self.value = self.per_token * scale, self.value * scale
+        table = self.prices.table
+        self._problem = Problem(self.shapes, table[self.shapes.verified, self.shapes.hung], self.prices.drafting)
+        self._dearer = (table - table[0]).min(1).tolist()  # (k+1,): what verifying d drafts adds, at least
+        self.least_chance = self.prices.least_chance
 
     def solve(self) -> None:
         """Policy iteration over the recent blocks, going on from the last solution (docs/planner.md)."""
@@ -355,11 +312,39 @@ class Planner:
         self._solved, self._solved_for = True, self.sequences
         self._improve(rounds, close)
         self._weigh()
-        self._pays = self.per_token < PAYS * self.resting
+        self._pays = self.per_token < PAYS * self.prices.resting
+        self._find_habit()
         if 2 * self.sequences > self._began_with:  # the last texts of a batch are no measure of the next one
             self._paid = self._pays
-        self._hangs_masks = bool((self.value + self.drafting).min() < 0)  # whether any block is worth its drafting
-        self._solving = min(self._solving, time.perf_counter() - begin)
+        self._hangs_masks = bool(
+            (self.value + self.prices.drafting).min() < 0
+        )  # whether any block is worth its drafting
+        self.solved_in = time.perf_counter() - begin
+        self._solving = min(self._solving, self.solved_in)
+
+    def _find_habit(self) -> None:
+        """Whether the best rule that needs no planning is as good, for all that is known."""
+        planning = self.habit.saves
+        if self.prices.ragged or planning is None or not self.experience.familiar:
+            self.habit.end()
+            return
+        planning += self._solving / SOLVE_EVERY[1]
+        seconds = self.prices.of_habit(planning)[self.shapes.verified, self.shapes.hung]
+        reach, _ = self.experience.recent_reach()
+        per_token = self.habit.solve(self._problem._replace(seconds=seconds), reach.mean(0))
+        if per_token < min(self.per_token, HABIT_PAYS * self.prices.resting):
+            self.habit.begin()
+            self._pays = True
+        else:
+            self.habit.end()
+
+    def keeps_habit(self, remaining: int) -> bool:
+        """Whether the next step, of a text that may still get so many tokens, is one of a habit; to be asked once
+        before each step."""
+        if self.habit.left == 0:
+            return False
+        self.habit.left = 0 if self._apart(remaining) else self.habit.left - 1
+        return True
 
     def _improve(self, rounds: int, close: float) -> None:
         """So many rounds, or until one changes little."""
@@ -369,6 +354,7 @@ class Planner:
             before = np.append(self.value, self.per_token)
             chosen, chances = self._problem.improved(reach, found, self.value, self.per_token)
             self.value, self.per_token = self._problem.evaluated(chosen, chances)
+            self._few = np.union1d(chosen, self.shapes.starts)
             if np.abs(before - np.append(self.value, self.per_token)).max() < close * self.per_token:
                 break
 
@@ -376,5 +362,6 @@ class Planner:
         """What every shape is worth by the last solution."""
         self._weights = self._problem.worth(self.value, self.per_token)
         self._of_shared = None
-        self._scores = self._weights.copy()
-        self._scores[:, 0] += self._problem.seconds  # the chance that no draft or more hold is 1
+        self._few_ends = self.shapes.verified[self._few].searchsorted(np.arange(self.masks + 1), side="right")
+        self._scores = self._weights[self._few]
+        self._scores[:, 0] += self._problem.seconds[self._few]  # the chance that no draft or more hold is 1

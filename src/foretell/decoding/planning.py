@@ -7,12 +7,13 @@ from weakref import WeakKeyDictionary
 import torch
 
 from foretell.config import DecodeConfig
+from foretell.decoding.adaptive import Adaptive
 from foretell.decoding.calibration import Experience, Floats
 from foretell.decoding.costs import Costs, costs, of_batch, plain_steps
 from foretell.decoding.pausing import Pause
 from foretell.decoding.planner import Planner
 from foretell.decoding.ragged import RaggedPlanner
-from foretell.decoding.strategies import Adaptive, Fixed, Strategy
+from foretell.decoding.strategies import Fixed, Strategy
 from foretell.model import MTPModel
 
 # By the settings that decide how likely drafts hold and what they cost; a model takes its planners with it.

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from foretell.decoding.calibration import Experience, Floats
+from foretell.decoding.calibration import Experience
 from foretell.decoding.costs import Costs
 from foretell.decoding.planner import Planner
 from foretell.decoding.problem import Problem
 from foretell.decoding.shapes import NEVER, ahead, cheapest
 from foretell.layout import Layout, plain
 
-WORTHWHILE = 0.008  # seconds of a plain step: to choose for every sequence takes up to 0.2 ms, twice the usual
 PROBED = 2  # sequences on which masks are tried: they tell as much as all, and cost less
 MORE_ROUNDS = 3  # times as many of policy iteration, as the price of a row is sought along
 NEAR, FURTHER = 1.05, 1.5  # times a price: close to another, and the next to try
@@ -31,17 +30,11 @@ class RaggedPlanner(Planner):
     own_rows = True
 
     def __init__(self, costs: Costs, experience: Experience) -> None:
-        self._bare: tuple[Costs, int, tuple[Floats, Floats]] | None = None  # as measured, of so many sequences
-        self._without = self._with_masks = np.zeros(1)  # seconds of steps by their rows beyond one of each sequence
         self._price_of_row: float | None = None  # of every sequence
         super().__init__(costs, experience)
 
-    @property
-    def ragged(self) -> bool:
-        return self.sequences > 1 and self.plain_seconds >= WORTHWHILE
-
     def _best_together(self, reach: Sequence[Sequence[float]], urgency: Sequence[float]) -> list[int]:
-        if not self.ragged:
+        if not self.prices.ragged:
             return super()._best_together(reach, urgency)
         sequences, states = len(reach), self.masks + 1
         without = self._drafts_each(reach, urgency)
@@ -49,7 +42,7 @@ class RaggedPlanner(Planner):
             return without[1]
         apart = self.shapes.apart
         if self._of_shared is None:
-            self._of_shared = apart.weights(self._weights), self._with_masks
+            self._of_shared = apart.weights(self._weights), self.prices.with_masks
         weights, seconds = self._of_shared
         worth = weights @ ahead(reach, [weight / sequences for weight in urgency], states)  # (L, B)
         least, picks = cheapest(seconds, apart.widths, apart.least(worth))
@@ -58,58 +51,36 @@ class RaggedPlanner(Planner):
     def _drafts_each(self, reach: Sequence[Sequence[float]], urgency: Sequence[float]) -> tuple[float, list[int]]:
         """Seconds beside what tokens are worth, and the best shapes, without masks."""
         sequences, most = len(reach), max(map(len, reach))
-        worth = (self.per_token if self._pays else min(self.per_token, self.resting)) / sequences
+        worth = (self.per_token if self._pays else min(self.per_token, self.prices.resting)) / sequences
         least = np.full((most, sequences), NEVER)
         for b, (own, weight) in enumerate(zip(reach, urgency, strict=True)):
             least[: len(own), b] = -worth * weight * np.cumsum(own)
         # Rows get dearer and drafts less likely: where no first draft pays for a row, nothing does.
         first = max((weight * own[1] for own, weight in zip(reach, urgency, strict=True) if len(own) > 1), default=0.0)
-        if worth * first <= self._without[1] - self._without[0]:
-            return float(self._without[0] + least[0].sum()), [int(self.shapes.starts[0])] * sequences
-        total, picks = cheapest(self._without, np.arange(1, most + 1), least)
+        if worth * first <= self.prices.without[1] - self.prices.without[0]:
+            return float(self.prices.without[0] + least[0].sum()), [int(self.shapes.starts[0])] * sequences
+        total, picks = cheapest(self.prices.without, np.arange(1, most + 1), least)
         return total, self.shapes.starts[picks].tolist()
 
-    def _correct_costs(self) -> None:
-        super()._correct_costs()
-        if not self.ragged:
-            return
-        if self._bare is None or self._bare[0] is not self._known or self._bare[1] != self.sequences:
-            self._bare = self._known, self.sequences, self._known.by_rows(self.sequences, self.masks)
-        *_, (without, hanging) = self._bare
-        widths = 1 + np.arange(len(without)) / self.sequences
-        drafted, masked = self._usually
-        self._without, self._with_masks = without * drafted.at_all(widths), hanging * masked.at_all(widths)
-        self._without[0] = self._table[0, 0]
-        for seconds in (self._without, self._with_masks):
-            np.maximum.accumulate(seconds, out=seconds)
-        more = self._without[1 : self.masks + 1] - self._without[0]
-        self.least_chance = float((more / np.arange(1, self.masks + 1)).min()) * self.sequences / self.resting
-
-    def _expected(self, layout: Layout, width: float | None) -> tuple[float, float]:
-        if not self.ragged or width is None or layout.width == 1 or self._bare is None:
-            return super()._expected(layout, width)
-        seconds = self._bare[2][layout.masks > 0]
-        return width, float(np.interp((width - 1) * self.sequences, np.arange(len(seconds)), seconds))
-
     def _trial(self, layout: Layout, sequences: int) -> list[Layout]:
-        return [layout] * PROBED + [plain()] * (sequences - PROBED) if self.ragged else [layout] * sequences
+        return [layout] * PROBED + [plain()] * (sequences - PROBED) if self.prices.ragged else [layout] * sequences
 
     def _improve(self, rounds: int, close: float) -> None:
         """With every round the price of a row is sought along at which the best policy has the rows that are best at
         that price; where one row is free and the next is not, it lies in between."""
-        if not self.ragged:
+        if not self.prices.ragged:
             super()._improve(rounds, close)
             return
         reach, found = self.experience.recent_reach()
         low, high = 0.0, math.inf
-        widths = 1 + np.arange(len(self._with_masks)) / self.sequences
-        price = self._price_of_row or self.resting
+        widths = 1 + np.arange(len(self.prices.with_masks)) / self.sequences
+        price = self._price_of_row or self.prices.resting
         for _ in range(MORE_ROUNDS * rounds):
             before = np.append(self.value, self.per_token)
-            problem = Problem(self.shapes, price * self.shapes.widths, self.drafting)
+            problem = Problem(self.shapes, price * self.shapes.widths, self.prices.drafting)
             solved = problem.solved(*problem.improved(reach, found, self.value, self.per_token))
             # Steps with masks cost no less than this line, and as much at the best mean width.
-            beyond = self._with_masks - price * widths
+            beyond = self.prices.with_masks - price * widths
             best = int(beyond.argmin())
             self.per_token, *value = solved[:, 0] + beyond[best] * solved[:, 2]
             self.value = np.array([0.0, *value])

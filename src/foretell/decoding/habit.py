@@ -1,0 +1,75 @@
+"""Steps that nobody plans but that hang masks nevertheless: a small model feels what planning takes."""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+
+from foretell.decoding.calibration import Floats
+from foretell.decoding.problem import Problem
+from foretell.layout import Layout
+
+STEPS = (16, 128)  # of a habit, doubling from the first to the last while it is confirmed
+STEPS_PLANNED = 16  # behind one, which tell whether it is still good
+ROUNDS = 2  # of policy iteration, from the last solution
+SLACK = 0.15  # of the tokens that a step should give, how many may be missing
+MISSING = 10.0  # tokens beyond these, of a sequence, after which a habit is over
+
+
+class Habit:
+    """Layouts that depend on nothing but how many drafts are at hand.
+
+    Which layout is best hangs on how sure the drafts at hand are, too. But to read that, to choose, to follow what
+    becomes of them and to learn from it can take more of a step than it saves. So the planner also solves for the best
+    rule that needs nothing of it, and where that promises as much it is followed for some steps, as blindly as a fixed
+    strategy. It ends early if steps give less than it promised: the text has become another.
+    """
+
+    def __init__(self) -> None:
+        self.left = 0  # steps
+        self.layouts: Sequence[Layout] = ()  # (k+1,) by drafts at hand
+        self._tokens: Sequence[float] = ()  # (k+1,) that a step should give
+        self._missing, self._steps = 0.0, STEPS[0]
+        self._solution: tuple[Floats, float] | None = None  # value (k+1,) and seconds per token of the best such rule
+        self._planning: deque[float] = deque(maxlen=STEPS_PLANNED)  # seconds that the latest planned steps took for it
+
+    @property
+    def saves(self) -> float | None:
+        """Seconds of planning, of a step; None before there was any."""
+        return statistics.median(self._planning) if self._planning else None
+
+    def planned(self, seconds: float) -> None:
+        """To plan a step took so long, and what belongs to it."""
+        self._planning.append(seconds)
+
+    def solve(self, problem: Problem, reach: Floats) -> float:
+        """Finds the best such rule, for the chances (k+1,) that the first 0..k drafts of a block hold on average;
+        seconds per token."""
+        value, per_token = self._solution or (np.zeros(len(reach)), problem.seconds[0])
+        mean, nothing = reach[None], np.zeros((1, len(reach)))
+        for _ in range(ROUNDS):
+            chosen, chances = problem.improved(mean, nothing, value, per_token)
+            value, per_token = self._solution = problem.evaluated(chosen, chances)
+        rule = chosen[0].tolist()
+        self.layouts = [problem.shapes.layouts[index] for index in rule]
+        self._tokens = (reach * problem.shapes.there[rule]).sum(1).tolist()
+        return per_token
+
+    def begin(self) -> None:
+        """It is followed for some steps."""
+        self._missing = 0.0
+        self.left, self._steps = self._steps, min(2 * self._steps, STEPS[1])
+
+    def end(self) -> None:
+        """Something else is better; the next time it is short again."""
+        self.left, self._steps = 0, STEPS[0]
+
+    def gave(self, drafts: int, tokens: int, sequences: int) -> None:
+        """A step gave one of so many sequences, with so many drafts at hand, so many tokens."""
+        missing = ((1 - SLACK) * self._tokens[drafts] - tokens) / sequences
+        self._missing = max(0.0, self._missing + missing)
+        if self._missing > MISSING:
+            self.end()
