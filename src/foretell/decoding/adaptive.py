@@ -70,7 +70,7 @@ class Adaptive:
         elif self.pause is not None and not self.sequences and len(planner.prices.plain) == len(running):
             self.batch = Batch(planner.prices.plain.tolist())
         self.sequences, self.gained, self.urgency = len(running), 0.0, {}
-        self.habitual = planner.keeps_habit(max(row.remaining for row in running)) or self.blind
+        self.habitual = planner.keeps_habit() or self.blind
         if self.habitual:
             self.paused = self.rests = False
             self.verified = {}
@@ -152,14 +152,15 @@ class Adaptive:
                 return
         if not self.paused:
             seconds += self.told
+        sequences, share = self.planning.sequences, seconds / self.planning.prices.plain_seconds
+        if self.pause is not None and self.paused:
+            self.pause.rested(sequences, share)
+            if self.pause.cold:
+                return
         self.planning.took(layout, seconds, self.made, drafting, resting=self.paused, width=width)
-        if self.pause is not None:
-            sequences, share = self.planning.sequences, seconds / self.planning.prices.plain_seconds
-            if self.paused:
-                self.pause.rested(sequences, share)
-            else:
-                worth = self.pause.worth(len(self.batch.plain)) if self.batch is not None else 1.0
-                self.pause.worked(sequences, share, worth * self.gained / sequences, self.planning.gain)
+        if self.pause is not None and not self.paused:
+            worth = self.pause.worth(len(self.batch.plain)) if self.batch is not None else 1.0
+            self.pause.worked(sequences, share, worth * self.gained / sequences, self.planning.gain)
         if not self.paused:
             self.told = time.perf_counter() - begin
             self.planning.habit.planned(self.trouble + self.told)

@@ -149,8 +149,10 @@ class Experience:
         """A new block's confidences (n,) -> their log-odds, remembered as an example of what blocks promise."""
         logits = [log_odds(confidence) for confidence in confidences]
         self._told += 1
-        # A block of fewer masks is taken to go on as it ends: its next drafts would be about as sure as its last.
-        self._own.append(logits + [logits[-1]] * (self.masks - len(logits)))
+        # A block of fewer masks is taken to go on as it is: each of its next drafts less sure than the one before.
+        falls = min(0.0, (logits[-1] - logits[0]) / max(1, len(logits) - 1))
+        beyond = range(1, self.masks - len(logits) + 1)
+        self._own.append(logits + [max(-LIMIT, logits[-1] + number * falls) for number in beyond])
         return logits
 
     def ended(self, stopped: bool) -> None:

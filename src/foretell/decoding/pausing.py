@@ -6,7 +6,8 @@ import math
 from collections import defaultdict, deque
 from collections.abc import Sequence
 
-FIRST = 5  # plain steps that tell what such a step takes, before anything else; the first may have read the prompt
+FIRST = 9  # plain steps that tell what such a step takes, before anything else
+COLD = 4  # of a pause: steps behind a prompt or those of another kind take up to half as long again
 LATEST = 16  # plain steps whose mean counts
 DISTURBED = 1.5  # times the median of them: more counts for nothing
 RENEWED = 512  # steps without a pause after which plain steps are timed again
@@ -36,6 +37,7 @@ class Pause:
         # Of plain steps, by the power of two of their sequences: seconds taken, as a share of those measured.
         self._plain: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=LATEST))
         self._paused, self._left = False, 0  # whether, and for how many steps
+        self._rested = 0  # since it began
         self.ended = False  # whether a pause was over by itself when `paused` was asked last
         self._woken = 0  # times that a pause ended early, in this text or since one ended by itself
         self._for_text = PAUSES[0]
@@ -53,7 +55,7 @@ class Pause:
     def begin_text(self, sequences: int) -> None:
         """Before the first step of one or more texts."""
         self._woken = 0
-        if len(self._plain[size_class(sequences)]) < FIRST - 1:
+        if len(self._plain[size_class(sequences)]) < FIRST - COLD:
             self._pause(FIRST)
         elif self._paused:
             self._left = min(self._left, self._for_text)
@@ -71,6 +73,11 @@ class Pause:
         elif self._paused:
             self._left -= 1
         return self._paused
+
+    @property
+    def cold(self) -> bool:
+        """Whether the last step was too soon to tell what plain steps take."""
+        return self._paused and self._rested <= COLD
 
     def foretold(self, run: int) -> bool:
         """Nothing was looked for, and so many drafts in a row would have held; whether that ends a pause. Should the
@@ -94,11 +101,14 @@ class Pause:
 
     def rested(self, sequences: int, share: float) -> None:
         """A plain step during a pause took this share of the seconds measured for it."""
+        self._rested += 1
+        if self._rested <= COLD:
+            return
         self._plain[size_class(sequences)].append(share)
         if self._timed_anew is None:
             return
         self._timed_anew.append((sequences, share))
-        if len(self._timed_anew) == FIRST:
+        if len(self._timed_anew) == FIRST - COLD:
             self._judge_again(self._timed_anew)
             self._timed_anew = None
 
@@ -153,7 +163,7 @@ class Pause:
         return sum(usual) / len(usual)
 
     def _pause(self, steps: int) -> None:
-        self._paused, self._left, self._since_pause, self._timed_anew = True, steps, 0, None
+        self._paused, self._left, self._since_pause, self._timed_anew, self._rested = True, steps, 0, None, 0
 
     def _try_anew(self) -> None:
         self._warm, self._steps, self._lost, self._squares, self._spent = False, 0, 0.0, 0.0, 0.0

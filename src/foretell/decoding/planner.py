@@ -338,12 +338,15 @@ class Planner:
         else:
             self.habit.end()
 
-    def keeps_habit(self, remaining: int) -> bool:
-        """Whether the next step, of a text that may still get so many tokens, is one of a habit; to be asked once
-        before each step."""
+    def keeps_habit(self) -> bool:
+        """Whether the next step is one of a habit; to be asked once before each step.
+
+        It outlasts sequences that leave a batch: for fewer, other layouts are best, but not by what it takes to solve
+        for them again and again.
+        """
         if self.habit.left == 0:
             return False
-        self.habit.left = 0 if self._apart(remaining) else self.habit.left - 1
+        self.habit.left = 0 if self.sequences >= APART * self._solved_for else self.habit.left - 1
         return True
 
     def _improve(self, rounds: int, close: float) -> None:

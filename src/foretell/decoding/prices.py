@@ -73,13 +73,15 @@ class Prices:
     ) -> None:
         """A step of this kind that was filled up to this layout took so long, `drafting` of it for so many drafts of a
         sequence on average; `width`: rows of a sequence on average, if not all are the layout's."""
+        if kind == HABIT and self._costs is not None:
+            return  # of fewer sequences, for which nobody has asked yet what they cost
         self._taken += 1
         usual = self._usual_drafting(drafts)
         if drafting > 0 and usual > 0:
             share = self._pace.usual(drafting / usual, drafts, None)
             self._of_drafting.took(drafts, share, self._taken)
             seconds -= drafting
-        rows, expected = self._expected(layout, width)
+        rows, expected = self._expected(kind, layout, width)
         rows = rows if kind > PLANNED else self.sequences
         share = self._pace.usual(seconds / expected, rows, self._fits[kind])
         self._corrections[kind].took(rows, share, self._taken)
@@ -133,13 +135,15 @@ class Prices:
         beyond = drafts - below
         return seconds[below] + beyond * (seconds[below + 1] - seconds[below]) if beyond else seconds[below]
 
-    def _expected(self, layout: Layout, width: float | None) -> tuple[float, float]:
+    def _expected(self, kind: int, layout: Layout, width: float | None) -> tuple[float, float]:
         """The rows of a sequence that count in such a step, and the seconds measured for it."""
         if layout.width == 1:
             return 1, self.plain_seconds
         if self.ragged and width is not None and self._bare is not None:
             seconds = self._bare[layout.masks > 0]
             return width, float(np.interp((width - 1) * self.sequences, np.arange(len(seconds)), seconds))
+        if kind == HABIT and width is not None:  # where every sequence has its own layout
+            return width, float(np.interp(width - 1, np.arange(self.measured.shape[1]), self.measured[0]))
         return layout.width, self._as_lists[0][layout.regular - 1][layout.masks]
 
     def _refit(self) -> None:
