@@ -16,7 +16,10 @@ STEPS = (16, 128)  # of a habit, doubling from the first to the last while it is
 STEPS_PLANNED = 16  # behind one, which tell whether it is still good
 ROUNDS = 2  # of policy iteration, from the last solution
 SLACK = 0.15  # of the tokens that a step should give, how many may be missing
-MISSING = 10.0  # tokens beyond these, of a sequence, after which a habit is over
+# After so many solutions in a row that found something else better, one that is hardly worse is tried, too: what such
+# steps really take shows only then.
+SELDOM, NEARLY = 8, 1.06
+MISSING = 15.0  # tokens beyond these, of a sequence, after which a habit is over
 
 
 class Habit:
@@ -32,7 +35,7 @@ class Habit:
         self.left = 0  # steps
         self.layouts: Sequence[Layout] = ()  # (k+1,) by drafts at hand
         self._tokens: Sequence[float] = ()  # (k+1,) that a step should give
-        self._missing, self._steps = 0.0, STEPS[0]
+        self._missing, self._steps, self._refused = 0.0, STEPS[0], 0
         self._solution: tuple[Floats, float] | None = None  # value (k+1,) and seconds per token of the best such rule
         self._planning: deque[float] = deque(maxlen=STEPS_PLANNED)  # seconds that the latest planned steps took for it
 
@@ -58,14 +61,19 @@ class Habit:
         self._tokens = (reach * problem.shapes.there[rule]).sum(1).tolist()
         return per_token
 
+    @property
+    def patience(self) -> float:
+        """How many times as long as planned steps it may take for a token."""
+        return NEARLY if self._refused >= SELDOM else 1.0
+
     def begin(self) -> None:
         """It is followed for some steps."""
-        self._missing = 0.0
+        self._missing, self._refused = 0.0, 0
         self.left, self._steps = self._steps, min(2 * self._steps, STEPS[1])
 
     def end(self) -> None:
         """Something else is better; the next time it is short again."""
-        self.left, self._steps = 0, STEPS[0]
+        self.left, self._steps, self._refused = 0, STEPS[0], self._refused + 1
 
     def gave(self, drafts: int, tokens: int, sequences: int) -> None:
         """A step gave one of so many sequences, with so many drafts at hand, so many tokens."""

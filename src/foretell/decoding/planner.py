@@ -332,7 +332,7 @@ class Planner:
         seconds = self.prices.of_habit(planning)[self.shapes.verified, self.shapes.hung]
         reach, _ = self.experience.recent_reach()
         per_token = self.habit.solve(self._problem._replace(seconds=seconds), reach.mean(0))
-        if per_token < min(self.per_token, HABIT_PAYS * self.prices.resting):
+        if per_token < min(self.habit.patience * self.per_token, HABIT_PAYS * self.prices.resting):
             self.habit.begin()
             self._pays = True
         else:

@@ -12,6 +12,8 @@ from foretell.layout import Layout
 PLAIN_TIMED, TIMED = 4, 6  # steps that correct the costs of their kind, at least: plain ones are all alike
 # Of plain steps without planning, of planned ones with neither drafts nor masks, drafts alone, masks; of a habit.
 RESTING, PLANNED, DRAFTS, MASKS, HABIT = range(5)
+# Times what planning takes by itself that it costs a step: meanwhile other threads fall asleep, and caches forget.
+BESIDE = 2
 WORTHWHILE = 0.008  # seconds of a plain step: to choose for every sequence takes up to 0.2 ms, twice the usual
 
 
@@ -108,9 +110,9 @@ class Prices:
         return scale
 
     def of_habit(self, planning: float) -> Floats:
-        """As `table`, of steps that nobody plans, which takes so long."""
+        """As `table`, of steps that nobody plans, which takes so long; a guess until some were timed."""
         habit = self._fits[HABIT]
-        table = self.table - planning if habit is None else self.measured * habit.at_all(self._widths)
+        table = self.table - BESIDE * planning if habit is None else self.measured * habit.at_all(self._widths)
         table[0, 0] = self.resting
         return table
 
