@@ -13,7 +13,7 @@ from torch import Tensor
 from foretell.decoding.calibration import Experience
 from foretell.decoding.lookup import TextLookup
 from foretell.decoding.open_block import OpenBlock
-from foretell.decoding.pausing import Batch, Pause
+from foretell.decoding.pausing import WOKEN_BY, Batch, Pause
 from foretell.decoding.planner import Planner
 from foretell.decoding.strategies import Running, within
 from foretell.layout import Layout, plain
@@ -74,6 +74,8 @@ class Adaptive:
         if self.habitual:
             self.paused = self.rests = False
             self.verified = {}
+            if self.lookup and self._foretold_run(running) >= WOKEN_BY:
+                planner.habit.end()
             return [within(planner.habit.layouts[row.drafts], row.remaining) for row in running]
         begin = time.perf_counter()
         self.paused = self._pauses(running, planner)
@@ -209,14 +211,18 @@ class Adaptive:
         """Whether it is over because the text begins to foretell itself. One sequence a step is watched."""
         if not self.lookup or self.pause is None:
             return False
+        woken = self.pause.foretold(self._foretold_run(running))
+        self.foretold *= not woken
+        return woken
+
+    def _foretold_run(self, running: Sequence[Running]) -> int:
+        """How many times in a row a watched sequence has said what its text foretold."""
         self.watched += 1
         row = running[self.watched % min(len(running), WATCHED)]
         index = self._text(row)
         index.find(row.text, 1)
         self.foretold = self.foretold + 1 if index.run else 0
-        woken = self.pause.foretold(self.foretold)
-        self.foretold *= not woken
-        return woken
+        return self.foretold
 
     def _learn_worth(self, length: int) -> None:
         """A text of so many new tokens has ended."""

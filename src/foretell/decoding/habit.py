@@ -15,11 +15,11 @@ from foretell.layout import Layout
 STEPS = (16, 128)  # of a habit, doubling from the first to the last while it is confirmed
 STEPS_PLANNED = 16  # behind one, which tell whether it is still good
 ROUNDS = 2  # of policy iteration, from the last solution
-SLACK = 0.15  # of the tokens that a step should give, how many may be missing
+SLACK = 0.15  # of the tokens that a step should give, how many may be missing, or too many
 # After so many solutions in a row that found something else better, one that is hardly worse is tried, too: what such
 # steps really take shows only then.
 SELDOM, NEARLY = 8, 1.06
-MISSING = 15.0  # tokens beyond these, of a sequence, after which a habit is over
+MISSING = 15.0  # tokens beyond these, of a sequence, after which a habit is over; too many are as good a sign
 
 
 class Habit:
@@ -28,14 +28,15 @@ class Habit:
     Which layout is best hangs on how sure the drafts at hand are, too. But to read that, to choose, to follow what
     becomes of them and to learn from it can take more of a step than it saves. So the planner also solves for the best
     rule that needs nothing of it, and where that promises as much it is followed for some steps, as blindly as a fixed
-    strategy. It ends early if steps give less than it promised: the text has become another.
+    strategy. It ends early if steps give less than it promised, or more: the text has become another.
     """
 
     def __init__(self) -> None:
         self.left = 0  # steps
         self.layouts: Sequence[Layout] = ()  # (k+1,) by drafts at hand
         self._tokens: Sequence[float] = ()  # (k+1,) that a step should give
-        self._missing, self._steps, self._refused = 0.0, STEPS[0], 0
+        self._missing, self._beyond = 0.0, 0.0
+        self._steps, self._refused = STEPS[0], 0
         self._solution: tuple[Floats, float] | None = None  # value (k+1,) and seconds per token of the best such rule
         self._planning: deque[float] = deque(maxlen=STEPS_PLANNED)  # seconds that the latest planned steps took for it
 
@@ -68,7 +69,7 @@ class Habit:
 
     def begin(self) -> None:
         """It is followed for some steps."""
-        self._missing, self._refused = 0.0, 0
+        self._missing, self._beyond, self._refused = 0.0, 0.0, 0
         self.left, self._steps = self._steps, min(2 * self._steps, STEPS[1])
 
     def end(self) -> None:
@@ -77,7 +78,8 @@ class Habit:
 
     def gave(self, drafts: int, tokens: int, sequences: int) -> None:
         """A step gave one of so many sequences, with so many drafts at hand, so many tokens."""
-        missing = ((1 - SLACK) * self._tokens[drafts] - tokens) / sequences
-        self._missing = max(0.0, self._missing + missing)
-        if self._missing > MISSING:
+        expected = self._tokens[drafts]
+        self._missing = max(0.0, self._missing + ((1 - SLACK) * expected - tokens) / sequences)
+        self._beyond = max(0.0, self._beyond + (tokens - (1 + SLACK) * expected) / sequences)
+        if max(self._missing, self._beyond) > MISSING:
             self.end()

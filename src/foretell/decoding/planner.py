@@ -33,6 +33,7 @@ PROBE_MASKS, FEWEST_PROBED = 4, 2  # the first drafts tell most
 TOO_LATE = 8  # tokens that a text may still get in which nothing is tried any more
 UNTAUGHT = 16  # blocks of the text's own drafts that are learnt from at a time, at rest
 PAYS = 0.93  # plain steps that a token must cost less than for anything else to be worth its trouble
+REPEATS = 0.1  # of what masks promise, what the text itself may promise beside a habit
 HABIT_PAYS = 0.97  # the same for a habit, which is less trouble
 SETTLED = 2  # steps after which the fate of what was tried is known
 TEXTS = 4  # in a row in which nothing paid, after which only one of so many begins with masks
@@ -325,12 +326,14 @@ class Planner:
     def _find_habit(self) -> None:
         """Whether the best rule that needs no planning is as good, for all that is known."""
         planning = self.habit.saves
-        if self.prices.ragged or planning is None or not self.experience.familiar:
+        reach, found = self.experience.recent_reach()
+        # Nobody would look for drafts of the text itself.
+        repeats = found[:, 1:].sum() > REPEATS * reach[:, 1:].sum()
+        if self.prices.ragged or planning is None or not self.experience.familiar or repeats:
             self.habit.end()
             return
         planning += self._solving / SOLVE_EVERY[1]
         seconds = self.prices.of_habit(planning)[self.shapes.verified, self.shapes.hung]
-        reach, _ = self.experience.recent_reach()
         per_token = self.habit.solve(self._problem._replace(seconds=seconds), reach.mean(0))
         if per_token < min(self.habit.patience * self.per_token, HABIT_PAYS * self.prices.resting):
             self.habit.begin()
