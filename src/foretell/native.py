@@ -21,8 +21,9 @@ from pathlib import Path
 
 import torch
 
+UNITS, HEADERS = ("streamed", "attended", "sampled", "planned"), ("vectors", "products")
 SOURCES = [
-    Path(__file__).parent / name for name in ("streamed.cpp", "attended.cpp", "sampled.cpp", "vectors.h", "products.h")
+    Path(__file__).parent / name for name in [f"{unit}.cpp" for unit in UNITS] + [f"{head}.h" for head in HEADERS]
 ]
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 PATIENCE = 120  # seconds for the compiler, which takes some five
@@ -117,6 +118,8 @@ def _load(path: Path) -> ctypes.CDLL:
     ]  # fmt: skip
     loaded.foretell_attend.restype = None
     loaded.foretell_attend.argtypes = [pointer] * 7
+    loaded.foretell_improve.restype = None
+    loaded.foretell_improve.argtypes = [pointer, number, *[pointer] * 3, ctypes.c_double, *[pointer] * 7]
     loaded.foretell_sweep.restype = None
     loaded.foretell_sweep.argtypes = [pointer, number, *[pointer] * 7]
     return loaded

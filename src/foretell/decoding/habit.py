@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from foretell.decoding.calibration import Floats
-from foretell.decoding.problem import Problem
+from foretell.decoding.problem import Problem, value_of
 from foretell.layout import Layout
 
 STEPS = (16, 128)  # of a habit, doubling from the first to the last while it is confirmed
@@ -55,8 +55,8 @@ class Habit:
         value, per_token = self._solution or (np.zeros(len(reach)), problem.seconds[0])
         mean, nothing = reach[None], np.zeros((1, len(reach)))
         for _ in range(ROUNDS):
-            chosen, chances = problem.improved(mean, nothing, value, per_token)
-            value, per_token = self._solution = problem.evaluated(chosen, chances)
+            chosen, solved = problem.round(mean, nothing, value, per_token)
+            value, per_token = self._solution = value_of(solved)
         rule = chosen[0].tolist()
         self.layouts = [problem.shapes.layouts[index] for index in rule]
         self._tokens = (reach * problem.shapes.there[rule]).sum(1).tolist()

@@ -13,7 +13,7 @@ from foretell.decoding.calibration import Experience, Floats, means
 from foretell.decoding.costs import Costs
 from foretell.decoding.habit import STEPS_PLANNED, Habit
 from foretell.decoding.prices import DRAFTS, HABIT, MASKS, PLANNED, RESTING, Prices
-from foretell.decoding.problem import Problem
+from foretell.decoding.problem import Problem, value_of
 from foretell.decoding.shapes import Shapes, ahead, shapes
 from foretell.layout import Block, Layout
 
@@ -358,8 +358,8 @@ class Planner:
         reach, found = (means(chances, self.sequences) for chances in self.experience.recent_reach())  # (N, k+1) each
         for _ in range(rounds):
             before = np.append(self.value, self.per_token)
-            chosen, chances = self._problem.improved(reach, found, self.value, self.per_token)
-            self.value, self.per_token = self._problem.evaluated(chosen, chances)
+            chosen, solved = self._problem.round(reach, found, self.value, self.per_token)
+            self.value, self.per_token = value_of(solved)
             self._few = np.union1d(chosen, self.shapes.starts)
             if np.abs(before - np.append(self.value, self.per_token)).max() < close * self.per_token:
                 break

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from foretell import native
 from foretell.decoding.calibration import Floats
 from foretell.decoding.shapes import Shapes
 
@@ -61,26 +63,46 @@ class Problem(NamedTuple):
             chances[rows] = np.where(instead[..., None], found[rows, None], chances[rows])
         return best, chances
 
-    def evaluated(self, chosen: NDArray[np.intp], chances: Floats) -> tuple[Floats, float]:
-        """Value (k+1,) of drafts at hand, in seconds, and seconds per token, if these shapes (N, k+1) are taken with
-        n = 0..k at hand that hold with these chances (N, k+1, k+1)."""
-        per_token, *value = self.solved(chosen, chances)[:, 0].tolist()
-        return np.array([0.0, *value]), per_token
+    def round(self, reach: Floats, found: Floats, value: Floats, per_token: float) -> tuple[NDArray[np.intp], Floats]:
+        """A round of policy iteration: the best shapes (N, k+1) as `improved` finds them, and `solved` for those."""
+        if (library := native.library()) is None:
+            chosen, chances = self.improved(reach, found, value, per_token)
+            return chosen, self.solved(chosen, chances)
+        count, states = reach.shape
+        chosen, steps, moves = np.empty((count, states), np.int64), np.empty((3, states)), np.empty((states, states))
+        given = [np.ascontiguousarray(array) for array in (reach, found, value, self.seconds, self.drafting)]
+        at = [array.ctypes.data for array in (*given, chosen, *steps, moves)]
+        choices = ctypes.byref(self.shapes.choices)
+        library.foretell_improve(choices, count, *at[:3], per_token, *at[3:])
+        return chosen, settled(steps, moves)
 
     def solved(self, chosen: NDArray[np.intp], chances: Floats) -> Floats:
-        """The same for the seconds of steps, for their rows and for their number, (k+1, 3): what a token takes of each,
-        then what 1..k drafts at hand are worth, as if that were what counts."""
+        """If these shapes (N, k+1) are taken with n = 0..k drafts at hand that hold with these chances (N, k+1, k+1):
+        of the seconds of steps, of their rows and of their number, (k+1, 3), what a token takes, then what 1..k drafts
+        at hand are worth, as if that were what counts."""
         states = chosen.shape[1]
         held = chances * self.shapes.there[chosen]  # (N, k+1, k+1): that the first r drafts hold and were verified
         exactly = held.copy()
         exactly[..., :-1] -= held[..., 1:]
         left = self.shapes.blocks[chosen]  # drafts at hand then
         seconds = (self.seconds[chosen] + (exactly * self.drafting[left]).sum(-1)).mean(0)
-        rows = self.shapes.widths[chosen].mean(0)
-        tokens = held.sum(-1).mean(0)
+        rows, tokens = self.shapes.widths[chosen].mean(0), held.sum(-1).mean(0)
         cells = np.arange(states)[:, None] * states + left
         moves = np.bincount(cells.ravel(), exactly.ravel(), states**2).reshape(states, states) / len(chosen)
-        # h = seconds - per_token · tokens + moves · h with h(0) = 0, of which per_token takes the place.
-        unknown = np.eye(states) - (1 - ENDS) * moves
-        unknown[:, 0] = tokens
-        return np.linalg.solve(unknown, np.stack([seconds, rows, np.ones(states)], 1))
+        return settled(np.stack([seconds, rows, tokens]), moves)
+
+
+def settled(steps: Floats, moves: Floats) -> Floats:
+    """Of steps with n = 0..k drafts at hand the seconds, rows and tokens, (3, k+1), and moves (k+1, k+1) to as many
+    drafts at hand -> `Problem.solved`."""
+    seconds, rows, tokens = steps
+    # h = seconds - per_token · tokens + moves · h with h(0) = 0, of which per_token takes the place.
+    unknown = np.eye(len(moves)) - (1 - ENDS) * moves
+    unknown[:, 0] = tokens
+    return np.linalg.solve(unknown, np.stack([seconds, rows, np.ones(len(moves))], 1))
+
+
+def value_of(solved: Floats) -> tuple[Floats, float]:
+    """`Problem.solved` -> value (k+1,) of drafts at hand, in seconds, and seconds per token."""
+    per_token, *value = solved[:, 0].tolist()
+    return np.array([0.0, *value]), per_token

@@ -78,7 +78,7 @@ class RaggedPlanner(Planner):
         for _ in range(MORE_ROUNDS * rounds):
             before = np.append(self.value, self.per_token)
             problem = Problem(self.shapes, price * self.shapes.widths, self.prices.drafting)
-            solved = problem.solved(*problem.improved(reach, found, self.value, self.per_token))
+            _, solved = problem.round(reach, found, self.value, self.per_token)
             # Steps with masks cost no less than this line, and as much at the best mean width.
             beyond = self.prices.with_masks - price * widths
             best = int(beyond.argmin())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from itertools import combinations
@@ -38,12 +39,30 @@ class Shapes:
         self.totals = np.unique(self.hung)
 
     @cached_property
+    def choices(self) -> Choices:
+        return Choices(self)
+
+    @cached_property
     def shared(self) -> Shared:
         return Shared(self)
 
     @cached_property
     def apart(self) -> Apart:
         return Apart(self)
+
+
+class Choices(ctypes.Structure):
+    """`Choices` of planned.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_long) for name in ("layouts", "states")),
+        *((name, ctypes.c_void_p) for name in ("verified", "blocks", "starts", "ends")),
+    ]
+
+    def __init__(self, shapes: Shapes) -> None:
+        tables = shapes.verified, shapes.blocks.T, shapes.starts, shapes.ends
+        self._kept = [np.ascontiguousarray(table, np.int64) for table in tables]
+        super().__init__(*shapes.blocks.shape, *(table.ctypes.data for table in self._kept))
 
 
 class Shared:
