@@ -31,7 +31,8 @@ long least_of(const double* scores, long first, long end) {
   double least = scores[first];
 #pragma omp simd reduction(min : least)
   for (long l = first; l < end; l++) least = std::min(least, scores[l]);
-  return std::find(scores + first, scores + end, least) - scores;
+  const long found = std::find(scores + first, scores + end, least) - scores;
+  return found == end ? first : found;  // NaN is found nowhere
 }
 
 }  // namespace

@@ -128,7 +128,7 @@ void sweep(const Sweep& head, long rows, const int64_t* numbers, const int64_t* 
       store(own + d, value);
     }
   }
-  if (!head.unembedding) return;
+  if (!head.unembedding || !scores) return;
   foretell_rough_product(sampled, rows, width, head.unembedding, head.unembedding_bias, scores, head.vocabulary);
   if (!index) return;
 #pragma omp parallel for if (rows * head.vocabulary > SMALL)
@@ -142,8 +142,8 @@ void sweep(const Sweep& head, long rows, const int64_t* numbers, const int64_t* 
 extern "C" {
 
 // For the drafts with these numbers (rows,), or for all N: places (T, rows) of the terms of the tokens before them, the
-// latest first, among terms (., Q). sampled (rows, D), to be unembedded; scores (rows, V); and, if `index` is asked for,
-// which is the largest (rows,) and how likely that is, sure (rows,).
+// latest first, among terms (., Q). sampled (rows, D), to be unembedded; if they are asked for, scores (rows, V), and
+// which of those is the largest, index (rows,), and how likely that is, sure (rows,).
 void foretell_sweep(const Sweep* head, long rows, const int64_t* numbers, const int64_t* places, const void* terms,
                     float* sampled, float* scores, int64_t* index, float* sure) {
   if (head->half) sweep(*head, rows, numbers, places, static_cast<const uint16_t*>(terms), sampled, scores, index, sure);

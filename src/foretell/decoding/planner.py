@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Sequence
 from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from foretell.decoding.calibration import Experience, Floats, means
 from foretell.decoding.costs import Costs
@@ -39,6 +42,14 @@ SETTLED = 2  # steps after which the fate of what was tried is known
 TEXTS = 4  # in a row in which nothing paid, after which only one of so many begins with masks
 
 
+class Solution(NamedTuple):
+    """Of a text, at its end."""
+
+    share: float  # of a plain step, that a token takes
+    value: Floats
+    few: NDArray[np.intp]  # shapes that were best for some block
+
+
 class Planner:
     """Chooses how many drafts to verify and how many masks to hang after each regular token, step by step.
 
@@ -66,6 +77,7 @@ class Planner:
         self._hangs_masks, self._pays = False, True
         self._began_with, self._paid, self._in_vain = 1, True, 0  # sequences, while most were there, beginnings
         self._alike, self._paid_before = 0, True  # texts in a row in which masks paid, or did not
+        self._ended: deque[Solution] = deque(maxlen=TEXTS)
         self._without_masks, self._probe_every = 0, PROBE_EVERY[0]
         self._until_solution, self._solve_every = 0, SOLVE_EVERY[0]
         self._solving = math.inf  # seconds that a solution takes, at least
@@ -209,13 +221,25 @@ class Planner:
             # Soon, then not so soon: earlier texts have told most of it, and many texts are short; not so soon either
             # where the last ones were of a kind.
             self._until_solution, self._solve_every = SETTLED, 2 * SOLVE_EVERY[0]
-            if self._alike >= TEXTS:
+            if self._alike >= TEXTS and self.experience.alike:
                 first, self._solve_every = self._seldom()
                 self._until_solution = min(left, first)
+            self._hope()
         self._probe_every = PROBE_EVERY[0]
         self.probe_soon()
         if self._in_vain * self.sequences >= TEXTS and self._in_vain % TEXTS:
             self._without_masks, self._probe_every = SETTLED + 1, PROBE_RARER * PROBE_EVERY[0]
+
+    def _hope(self) -> None:
+        """Begins with the solution of the last texts' that promises most, where they differ: if this one is like that,
+        each step until it shows would be lost, and if not, hardly one is."""
+        self._price()
+        self._ended.append(Solution(self.per_token / self.prices.resting, self.value, self._few))
+        share, value, few = min(self._ended, key=lambda solution: solution.share)
+        if not self.experience.alike and value is not self.value:
+            self.per_token, self.value, self._few = share * self.prices.resting, value, few
+            self._weigh()
+            self._pays = share < PAYS
 
     def _seldom(self) -> tuple[int, int]:
         """Steps before the first solution in a text like the last ones, and from it to the next: no sooner than what it
@@ -329,10 +353,11 @@ class Planner:
         reach, found = self.experience.recent_reach()
         # Nobody would look for drafts of the text itself.
         repeats = found[:, 1:].sum() > REPEATS * reach[:, 1:].sum()
-        if self.prices.ragged or planning is None or not self.experience.familiar or repeats:
+        known = planning is not None and self._solving < math.inf and self.experience.familiar
+        if self.prices.ragged or repeats or not known:
             self.habit.end()
             return
-        planning += self._solving / SOLVE_EVERY[1]
+        planning = (planning or 0.0) + self._solving / SOLVE_EVERY[1]
         seconds = self.prices.of_habit(planning)[self.shapes.verified, self.shapes.hung]
         per_token = self.habit.solve(self._problem._replace(seconds=seconds), reach.mean(0))
         if per_token < min(self.habit.patience * self.per_token, HABIT_PAYS * self.prices.resting):
