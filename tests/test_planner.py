@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from foretell import native
 from foretell.config import DecodeConfig
 from foretell.decoding import costs as costs_module
 from foretell.decoding.adaptive import Adaptive
@@ -330,6 +331,7 @@ def test_plans_must_beat_plain_steps_that_nobody_plans() -> None:
 
 
 def test_where_texts_are_of_a_kind_the_next_one_is_not_solved_for_as_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    native.library()  # to compile it is no part of a solution
     planner = Planner(noisy_costs(4, COSTS["1B"], 0.0, np.random.default_rng(0)), Experience(4))
     planner.solve()
     solutions: list[int] = []
@@ -342,5 +344,23 @@ def test_where_texts_are_of_a_kind_the_next_one_is_not_solved_for_as_soon(monkey
         before = len(solutions)
         return next(step for step in range(99) if planner.layouts([[1.0]], [1000]) and len(solutions) > before)
 
-    found = [first_solution(pays) for pays in [True] * (TEXTS + 2) + [False, True]]
+    course = [True] * (TEXTS + 2) + [False, True]
+    assert [first_solution(pays) for pays in course] == [SETTLED] * len(course)  # masks pay in all, but not alike
+    planner._alike, planner._paid_before, planner.experience.alike = 0, True, True
+    found = [first_solution(pays) for pays in course]
     assert found == [SETTLED] * (TEXTS - 1) + [SOLVE_EVERY[0]] * 3 + [SETTLED] * 2
+
+
+def test_texts_of_a_kind_too_short_for_a_solution_meet_one_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    native.library()  # to compile it is no part of a solution
+    planner = Planner(noisy_costs(4, COSTS["1B"], 0.0, np.random.default_rng(0)), Experience(4))
+    planner.solve()
+    solutions: list[int] = []
+    monkeypatch.setattr(planner, "solve", lambda: solutions.append(0))
+    planner._alike = TEXTS
+    for _ in range(40):
+        planner.experience.alike = True
+        planner.begin_text()
+        for _ in range(SOLVE_EVERY[0] - 3):
+            planner.layouts([[1.0]], [1000])
+    assert 40 * (SOLVE_EVERY[0] - 3) / SOLVE_EVERY[1] - 1 <= len(solutions) <= 40
