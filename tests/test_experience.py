@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from foretell.decoding.calibration import ALIKE, EARLIER, WINDOW, Experience, spread
-from foretell.decoding.planner import SETTLED, Planner
+from foretell.decoding.planner import Planner
+from foretell.decoding.trials import SETTLED
 from foretell.evaluation.optimum import by_width
 from foretell.evaluation.simulation import noisy_costs
 

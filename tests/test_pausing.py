@@ -12,8 +12,9 @@ import torch
 from foretell.decoding.adaptive import TIMED, Adaptive
 from foretell.decoding.calibration import Experience
 from foretell.decoding.pausing import FIRST, IN_NEW_TEXT, PAUSES, RENEWED, WOKEN_BY, Batch, Pause
-from foretell.decoding.planner import SETTLED, Planner
+from foretell.decoding.planner import Planner
 from foretell.decoding.strategies import Running
+from foretell.decoding.trials import SETTLED
 from foretell.evaluation.optimum import by_width
 from foretell.evaluation.simulation import noisy_costs
 from foretell.layout import plain
@@ -204,7 +205,7 @@ def test_trials_begin_with_masks_and_losing_ones_end() -> None:
 def test_of_steps_at_rest_one_in_four_is_timed() -> None:
     strategy, row = adaptive(Pause()), Running(0, 10**6, list(range(50)))
     planner = strategy.planner(1)
-    planner._pays, planner._without_masks, planner._probe_every = False, SETTLED + 1, 10**6
+    planner._pays, planner._trials._without, planner._trials._every = False, SETTLED + 1, 10**6
     for _ in range(10 * TIMED):
         assert strategy.layouts([row]) == [plain()] and strategy.paused
         strategy.took(plain(), 1.0)

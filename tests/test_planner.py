@@ -16,9 +16,10 @@ from foretell.decoding import costs as costs_module
 from foretell.decoding.adaptive import Adaptive
 from foretell.decoding.calibration import Calibration, Experience, log_odds
 from foretell.decoding.costs import Costs, costs, interpolated, masked_layout
-from foretell.decoding.planner import SETTLED, SOLVE_EVERY, TEXTS, Planner
+from foretell.decoding.planner import SOLVE_EVERY, TEXTS, Planner
 from foretell.decoding.shapes import ahead, shapes
 from foretell.decoding.strategies import Running
+from foretell.decoding.trials import SETTLED
 from foretell.evaluation.acceptance_profiles import named_profile
 from foretell.evaluation.optimum import by_width, optimum
 from foretell.evaluation.simulation import noisy_costs, simulate

@@ -7,7 +7,8 @@ import pytest
 
 from foretell.decoding.calibration import Experience, Floats, means
 from foretell.decoding.costs import Costs, of_batch, plain_steps
-from foretell.decoding.planner import SETTLED, SHORT, Planner
+from foretell.decoding.planner import SHORT, Planner
+from foretell.decoding.trials import SETTLED
 from foretell.evaluation.simulation import noisy_costs
 from foretell.layout import plain
 

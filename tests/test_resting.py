@@ -11,8 +11,9 @@ import torch
 from foretell.decoding.adaptive import Adaptive
 from foretell.decoding.calibration import Experience
 from foretell.decoding.pausing import FIRST, WOKEN_BY, Pause
-from foretell.decoding.planner import SETTLED, TEXTS, TOO_LATE, Planner
+from foretell.decoding.planner import TEXTS, Planner
 from foretell.decoding.strategies import Running
+from foretell.decoding.trials import SETTLED, TOO_LATE
 from foretell.evaluation.optimum import by_width
 from foretell.evaluation.simulation import noisy_costs
 from foretell.layout import plain

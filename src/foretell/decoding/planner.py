@@ -18,6 +18,7 @@ from foretell.decoding.habit import STEPS_PLANNED, Habit
 from foretell.decoding.prices import DRAFTS, HABIT, MASKS, PLANNED, RESTING, Prices
 from foretell.decoding.problem import Problem, value_of
 from foretell.decoding.shapes import Shapes, ahead, shapes
+from foretell.decoding.trials import SETTLED, Trials
 from foretell.layout import Block, Layout
 
 FIRST_ROUNDS, ROUNDS = 10, 2  # of policy iteration, at most: from nothing, and from the last solution
@@ -30,15 +31,11 @@ SOLVING = 0.03  # of plain decoding's time, that solutions may take in a text li
 # A solution for so many times as many sequences, or as few, won't do, unless so few tokens are left. What becomes of
 # more than a few as some of them end is not worth a solution.
 APART, FEW, SHORT = 2, 4, 16
-PROBE_EVERY = (8, 256)  # steps without masks before some are tried again, `PROBE_RARER` times as many while in vain
-PROBE_RARER = 8
-PROBE_MASKS, FEWEST_PROBED = 4, 2  # the first drafts tell most
-TOO_LATE = 8  # tokens that a text may still get in which nothing is tried any more
+TRIED, FEWEST_TRIED = 4, 2  # masks: the first drafts tell most
 UNTAUGHT = 16  # blocks of the text's own drafts that are learnt from at a time, at rest
 PAYS = 0.93  # plain steps that a token must cost less than for anything else to be worth its trouble
 REPEATS = 0.1  # of what masks promise, what the text itself may promise beside a habit
 HABIT_PAYS = 0.97  # the same for a habit, which is less trouble
-SETTLED = 2  # steps after which the fate of what was tried is known
 TEXTS = 4  # in a row in which nothing paid, after which only one of so many begins with masks
 
 
@@ -78,7 +75,7 @@ class Planner:
         self._began_with, self._paid, self._in_vain = 1, True, 0  # sequences, while most were there, beginnings
         self._alike, self._paid_before = 0, True  # texts in a row in which masks paid, or did not
         self._ended: deque[Solution] = deque(maxlen=TEXTS)
-        self._without_masks, self._probe_every = 0, PROBE_EVERY[0]
+        self._trials = Trials()
         self._until_solution, self._solve_every = 0, SOLVE_EVERY[0]
         self._solving = math.inf  # seconds that a solution takes, at least
         self.solved_in = 0.0  # seconds that one took before the last step, 0 if there was none
@@ -132,9 +129,10 @@ class Planner:
             chosen = [self._best(reach[0])]
         else:
             chosen = self._drafts_alone(reach, self._gained(reach, urgency))
-        if not self._probe(any(self.shapes.hung[index] for index in chosen), max(remaining)):
+        if not self._trials.due(any(self.shapes.hung[index] for index in chosen), max(remaining)):
             return [self.shapes.layouts[index] for index in chosen]
-        most = max(FEWEST_PROBED, PROBE_MASKS // self.sequences)  # of many sequences fewer tell as much
+        self._until_solution = SETTLED
+        most = max(FEWEST_TRIED, TRIED // self.sequences)  # of many sequences fewer tell as much
         return self._trial(Layout(1, (Block(0, min(most, self.masks)),)), len(chosen))
 
     def urgency(self, remaining: Sequence[int], refilled: bool) -> list[float]:
@@ -211,7 +209,7 @@ class Planner:
         self._in_vain = 0 if self._paid else self._in_vain + 1
         self._alike, self._paid_before = self._alike + 1 if self._paid == self._paid_before else 0, self._paid
         self._began_with = self.sequences
-        if self.habit.left and self.experience.alike:
+        if self.habit.left and self.experience.alike and APART * self.sequences > self._solved_for:
             return
         self.habit.left = 0
         left = self._until_solution
@@ -225,10 +223,7 @@ class Planner:
                 first, self._solve_every = self._seldom()
                 self._until_solution = min(left, first)
             self._hope()
-        self._probe_every = PROBE_EVERY[0]
-        self.probe_soon()
-        if self._in_vain * self.sequences >= TEXTS and self._in_vain % TEXTS:
-            self._without_masks, self._probe_every = SETTLED + 1, PROBE_RARER * PROBE_EVERY[0]
+        self._trials.begin_text(not (self._in_vain * self.sequences >= TEXTS and self._in_vain % TEXTS))
 
     def _hope(self) -> None:
         """Begins with the solution of the last texts' that promises most, where they differ: if this one is like that,
@@ -251,20 +246,15 @@ class Planner:
     def rests(self, remaining: int) -> bool:
         """Whether neither planning nor masks promise to pay at the next step, nor is it time to try some, where a text
         may still get so many tokens; to be asked once before each step, which `layouts` does of one sequence."""
-        if self._pays or self._without_masks <= SETTLED or self._apart(remaining):
+        if self._pays or self._apart(remaining) or not self._trials.rests(remaining):
             return False
-        if self._without_masks + 1 >= self._probe_every and remaining > TOO_LATE:
-            return False
-        self._without_masks += 1
         if self.experience.lookup.untaught >= UNTAUGHT:
             self.experience.lookup.learn()
         return True
 
     def rests_for(self, steps: int) -> int:
         """Of so many steps behind one at which it rests, how many it will rest at, too; nobody asks at those."""
-        steps = max(0, min(steps, self._probe_every - 1 - self._without_masks))
-        self._without_masks += steps
-        return steps
+        return self._trials.rests_for(steps)
 
     def _apart(self, remaining: int) -> bool:
         """Whether what pays may be another thing for as many sequences as there are now, one of which may still get so
@@ -284,19 +274,7 @@ class Planner:
 
     def probe_soon(self) -> None:
         """Hang masks at the next step, whether they seem worth it or not."""
-        self._without_masks = self._probe_every
-
-    def _probe(self, masks: bool, remaining: int) -> bool:
-        """Whether to hang masks although plain decoding seems best: what is never tried is never seen to get better."""
-        if masks:
-            self._without_masks, self._probe_every = 0, PROBE_EVERY[0]
-            return False
-        self._without_masks += 1
-        if self._without_masks < self._probe_every or remaining <= TOO_LATE:
-            return False
-        self._without_masks, self._probe_every = 0, min(PROBE_RARER * self._probe_every, PROBE_EVERY[1])
-        self._until_solution = SETTLED
-        return True
+        self._trials.soon()
 
     def took(
         self,
@@ -341,9 +319,8 @@ class Planner:
         self._find_habit()
         if 2 * self.sequences > self._began_with:  # the last texts of a batch are no measure of the next one
             self._paid = self._pays
-        self._hangs_masks = bool(
-            (self.value + self.prices.drafting).min() < 0
-        )  # whether any block is worth its drafting
+        worth = self.value + self.prices.drafting
+        self._hangs_masks = bool(worth.min() < 0)  # whether any block is worth its drafting
         self.solved_in = time.perf_counter() - begin
         self._solving = min(self._solving, self.solved_in)
 
