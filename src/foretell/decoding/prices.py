@@ -7,6 +7,7 @@ import numpy as np
 from foretell.decoding.calibration import Floats
 from foretell.decoding.correction import CHAINS, Correction, Fit, Pace
 from foretell.decoding.costs import Costs, Priced
+from foretell.decoding.pausing import size_class
 from foretell.layout import Layout
 
 PLAIN_TIMED, TIMED = 4, 6  # steps that correct the costs of their kind, at least: plain ones are all alike
@@ -29,8 +30,9 @@ class Prices:
         """`own_rows`: sequences that share a step need not have as many rows each."""
         self.masks, self._own_rows = masks, own_rows
         self.sequences = 1
-        fewest = PLAIN_TIMED, PLAIN_TIMED, TIMED, TIMED, TIMED
-        self._corrections = [Correction(count) for count in fewest]
+        # Of every kind; of steps with drafts or masks by the power of two of their sequences, as tables of few and of
+        # many were measured each for itself.
+        self._corrections: dict[tuple[int, int], Correction] = {}
         self._of_drafting = Correction(TIMED, CHAINS)  # of making drafts, by their number
         self._pace, self._taken = Pace(), 0  # steps
         self._widths = np.arange(1.0, masks + 2)[:, None] + np.arange(masks * (masks + 1) + 1)  # by drafts and masks
@@ -86,11 +88,13 @@ class Prices:
         rows, expected = self._expected(kind, layout, width)
         rows = rows if kind > PLANNED else self.sequences
         share = self._pace.usual(seconds / expected, rows, self._fits[kind])
-        self._corrections[kind].took(rows, share, self._taken)
+        size = size_class(self.sequences) if kind > PLANNED else 0
+        fewest = TIMED if kind > PLANNED else PLAIN_TIMED
+        self._corrections.setdefault((kind, size), Correction(fewest)).took(rows, share, self._taken)
 
     def correct(self) -> float:
         """By what the latest steps took at the machine's usual pace; how many times as dear plain steps are then."""
-        fits = [correction.fit(self._taken) for correction in (*self._corrections, self._of_drafting)]
+        fits = [*map(self._fit, (RESTING, PLANNED, DRAFTS, MASKS, HABIT)), self._of_drafting.fit(self._taken)]
         if fits != self._fits:
             self._fits = fits
             self._refit()
@@ -129,6 +133,13 @@ class Prices:
         self._known, self.measured, self._measured_drafting, self.shares = known
         self._as_lists = self.measured.tolist(), self._measured_drafting.tolist()
         self._bare = None
+
+    def _fit(self, kind: int) -> Fit | None:
+        """Of as many sequences or, where that is not known, of about as many."""
+        own = size_class(self.sequences)
+        sizes = sorted((size for of, size in self._corrections if of == kind), key=lambda size: abs(size - own))
+        fits = (self._corrections[kind, size].fit(self._taken) for size in sizes)
+        return next(filter(None, fits), None)
 
     def _usual_drafting(self, drafts: float) -> float:
         """Measured seconds of making so many."""
