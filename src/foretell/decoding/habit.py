@@ -12,7 +12,7 @@ from foretell.decoding.calibration import Floats
 from foretell.decoding.problem import Problem, value_of
 from foretell.layout import Layout
 
-STEPS = (16, 128)  # of a habit, doubling from the first to the last while it is confirmed
+STEPS = (16, 256)  # of a habit, doubling from the first to the last while it is confirmed
 STEPS_PLANNED = 16  # behind one, which tell whether it is still good
 ROUNDS = 2  # of policy iteration, from the last solution
 SLACK = 0.15  # of the tokens that a step should give, how many may be missing, or too many
