@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shlex
+import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -71,7 +73,14 @@ def command(
         raise typer.Exit(INTERRUPTED) from None
     if main:
         report(places["output"], model.provenance, as_json)
-    PartialState().destroy_process_group()  # its threads may abort a process that ends beside them
+    several = PartialState().num_processes > 1
+    PartialState().destroy_process_group()
+    if several:
+        # A group that a sharded base still refers to keeps its threads, which now and then abort a process that ends
+        # beside them, with all of it done and saved.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def merge_settings(path: Path | None, given: dict[str, Any]) -> tuple[dict[str, Any], MTPConfig, TrainConfig]:
