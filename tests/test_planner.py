@@ -331,12 +331,17 @@ def test_plans_must_beat_plain_steps_that_nobody_plans() -> None:
     assert before.masks and after == plain() and planner.gain < 0
 
 
-def test_where_texts_are_of_a_kind_the_next_one_is_not_solved_for_as_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+def counting(patch: pytest.MonkeyPatch) -> tuple[Planner, list[int]]:
+    """A planner that has solved once and from then on only counts."""
     native.library()  # to compile it is no part of a solution
-    planner = Planner(noisy_costs(4, COSTS["1B"], 0.0, np.random.default_rng(0)), Experience(4))
+    planner, solutions = Planner(noisy_costs(4, COSTS["1B"], 0.0, np.random.default_rng(0)), Experience(4)), list[int]()
     planner.solve()
-    solutions: list[int] = []
-    monkeypatch.setattr(planner, "solve", lambda: solutions.append(0))
+    patch.setattr(planner, "solve", lambda: solutions.append(0))
+    return planner, solutions
+
+
+def test_where_texts_are_of_a_kind_the_next_one_is_not_solved_for_as_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    planner, solutions = counting(monkeypatch)
 
     def first_solution(pays: bool) -> int:
         """The step before which a new text, behind one in which masks paid or not, is first solved for."""
@@ -353,11 +358,7 @@ def test_where_texts_are_of_a_kind_the_next_one_is_not_solved_for_as_soon(monkey
 
 
 def test_texts_of_a_kind_too_short_for_a_solution_meet_one_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    native.library()  # to compile it is no part of a solution
-    planner = Planner(noisy_costs(4, COSTS["1B"], 0.0, np.random.default_rng(0)), Experience(4))
-    planner.solve()
-    solutions: list[int] = []
-    monkeypatch.setattr(planner, "solve", lambda: solutions.append(0))
+    planner, solutions = counting(monkeypatch)
     planner._alike = TEXTS
     for _ in range(40):
         planner.experience.alike = True

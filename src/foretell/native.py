@@ -21,10 +21,8 @@ from pathlib import Path
 
 import torch
 
-UNITS, HEADERS = ("streamed", "attended", "sampled", "planned"), ("vectors", "products")
-SOURCES = [
-    Path(__file__).parent / name for name in [f"{unit}.cpp" for unit in UNITS] + [f"{head}.h" for head in HEADERS]
-]
+NAMES = "streamed.cpp", "attended.cpp", "sampled.cpp", "planned.cpp", "vectors.h", "products.h"
+SOURCES = [Path(__file__).parent / name for name in NAMES]
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 PATIENCE = 120  # seconds for the compiler, which takes some five
 OPENMP = ("libgomp", "libomp", "libiomp")

@@ -40,7 +40,7 @@ class SampledHead:
     """
 
     def __init__(self, sampler: Sampler, base: Base) -> None:
-        """Where it `fits`."""
+        """Only where `of` gives one."""
         library, terms = native.library(), sampler.remembered
         assert library is not None and terms is not None
         self.library, self.embed, self.terms = library, base.embed, terms

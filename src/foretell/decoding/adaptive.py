@@ -135,13 +135,13 @@ class Adaptive:
         return torch.tensor([own + [0] * (most - len(own)) for own, _ in chosen], device=drafts.device)
 
     def took(self, layout: Layout, seconds: float | None, drafting: float = 0.0, width: float | None = None) -> None:
+        trouble, self.trouble = self.trouble, 0.0
         if self.planning is None:
             return
         if self.habitual:
             self.blindly += 1
             if self.blindly % TIMED == 0 and seconds is not None:
                 self.planning.took(layout, seconds, self.made, drafting, habit=True, width=width)
-            self.trouble = 0.0
             return
         begin = time.perf_counter()
         if seconds is None:
@@ -165,8 +165,7 @@ class Adaptive:
             self.pause.worked(sequences, share, worth * self.gained / sequences, self.planning.gain)
         if not self.paused:
             self.told = time.perf_counter() - begin
-            self.planning.habit.planned(self.trouble + self.told)
-        self.trouble = 0.0
+            self.planning.habit.planned(trouble + self.told)
 
     def _count(self, sequence: int, blocks: Sequence[OpenBlock]) -> None:
         """What the last step shows of the worth of looking for drafts in the text."""

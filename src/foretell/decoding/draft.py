@@ -165,16 +165,17 @@ class Sweeps:
     def look(self, before: Sequence[Sequence[int]], numbers: Sequence[int] | None) -> tuple[list[int], Sequence[float]]:
         """The drafts with these numbers (n,), or at first all N, behind tokens before (n, T), the latest first; and how
         sure they are, if that is asked for."""
+        block, remembered = self._block, self.sampler.remembered
+        if block is not None and self._unembeds and self._choose is largest:
+            tokens, chances = block.likeliest(before, numbers)
+            return tokens, chances if self._confident else []
         of = None if numbers is None else torch.tensor(numbers)
-        if self._block is not None and self._unembeds:
-            if self._choose is largest:
-                tokens, chances = self._block.likeliest(before, numbers)
-                return tokens, chances if self._confident else []
-            made, sure = self._chosen(self._block.scores(before, numbers), of)
-        elif self._block is not None:
-            made, sure = self._chosen(self._scores(self._block.sampled(before, numbers), of), of)
-        elif self.sampler.remembered is not None:
-            made, sure = self.make(self.sampler.remembered.of(before, self.embed), of)
+        if block is not None and self._unembeds:
+            made, sure = self._chosen(block.scores(before, numbers), of)
+        elif block is not None:
+            made, sure = self._chosen(self._scores(block.sampled(before, numbers), of), of)
+        elif remembered is not None:
+            made, sure = self.make(remembered.of(before, self.embed), of)
         else:
             made, sure = self.make(self.sampler.terms(self.embed(torch.tensor(before))), of)
         return made.tolist(), [] if sure is None else sure.tolist()

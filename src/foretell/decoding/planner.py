@@ -93,6 +93,7 @@ class Planner:
             self._weigh()
 
     def _choose_from(self, found: Shapes) -> None:
+        """From now on, and at first from all of them (see `_best`)."""
         self.shapes, self._few = found, np.arange(len(found.layouts))
 
     @property
