@@ -142,11 +142,11 @@ def test_steps_of_a_habit_are_priced_by_what_they_take() -> None:
     guessed = prices.of_habit(0.1)
     assert guessed[4, 4] == pytest.approx(prices.table[4, 4] - 0.2) and guessed[0, 0] == prices.resting
     for _ in range(16):
-        planner.took(layout, 2 * float(prices.measured[4, 4]), habit=True, width=9.0)
+        planner.took(layout, 2 * float(prices.measured[4, 4]), habit=[layout])
     planner.solve()
     assert prices.of_habit(0.1)[4, 4] == pytest.approx(2 * prices.measured[4, 4], rel=0.05)
     planner.reprice(COSTS.scaled(3.0), np.array([1.0, 3.0]))
-    planner.took(layout, 100.0, habit=True, width=9.0)  # of two, about whose costs nobody has asked yet
+    planner.took(layout, 100.0, habit=[layout] * 2)  # of two, about whose costs nobody has asked yet
     planner.prices.correct()
     assert prices.of_habit(0.1)[4, 4] == pytest.approx(2 * prices.measured[4, 4], rel=0.05)
 

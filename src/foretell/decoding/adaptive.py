@@ -43,6 +43,7 @@ class Adaptive:
     quiet: int = 0  # of those to come, how many need nothing asked: their number is what a small model feels
     still: bool = False  # whether this is one of them
     habitual: bool = False  # whether it is one of the planner's habit
+    followed: list[Layout] = field(default_factory=list)  # its layouts, if so
     blindly: int = 0  # steps of it
     blind: bool = False  # whether nobody has looked at the drafts at hand
     told: float = 0.0  # seconds that it took to note what the last planned step took
@@ -76,7 +77,8 @@ class Adaptive:
             self.verified = {}
             if self.lookup and self._foretold_run(running) >= WOKEN_BY:
                 planner.habit.end()
-            return [within(planner.habit.layouts[row.drafts], row.remaining) for row in running]
+            self.followed = [within(planner.habit.layouts[row.drafts], row.remaining) for row in running]
+            return self.followed
         begin = time.perf_counter()
         self.paused = self._pauses(running, planner)
         if self.paused:
@@ -141,7 +143,7 @@ class Adaptive:
         if self.habitual:
             self.blindly += 1
             if self.blindly % TIMED == 0 and seconds is not None:
-                self.planning.took(layout, seconds, self.made, drafting, habit=True, width=width)
+                self.planning.took(layout, seconds, self.made, drafting, habit=self.followed)
             return
         begin = time.perf_counter()
         if seconds is None:

@@ -284,15 +284,15 @@ class Planner:
         drafts: float = 0,
         drafting: float = 0.0,
         resting: bool = False,
-        habit: bool = False,
+        habit: Sequence[Layout] = (),
         width: float | None = None,
     ) -> None:
         """A step that was filled up to this layout took so long, `drafting` of it for so many drafts of a sequence on
-        average; `resting`, `habit`: nobody planned it. `width`: rows of a sequence on average, if not all are the
-        layout's."""
+        average. `resting`: nobody planned it; nor one of a habit, of these layouts of its sequences. `width`: rows of a
+        sequence on average, if not all are the layout's."""
         kind = MASKS if layout.masks else DRAFTS if layout.regular > 1 else PLANNED
         kind = RESTING if resting else HABIT if habit else kind
-        self.prices.took(kind, layout, seconds, drafts, drafting, width)
+        self.prices.took(kind, layout, seconds, drafts, drafting, width, habit)
 
     def _trial(self, layout: Layout, sequences: int) -> list[Layout]:
         """A step in which masks are tried, in this layout."""

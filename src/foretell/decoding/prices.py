@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from foretell.decoding.calibration import Floats
@@ -73,10 +75,18 @@ class Prices:
         return self._own_rows and self.sequences > 1 and self.plain_seconds >= WORTHWHILE
 
     def took(
-        self, kind: int, layout: Layout, seconds: float, drafts: float, drafting: float, width: float | None
+        self,
+        kind: int,
+        layout: Layout,
+        seconds: float,
+        drafts: float,
+        drafting: float,
+        width: float | None = None,
+        own: Sequence[Layout] = (),
     ) -> None:
         """A step of this kind that was filled up to this layout took so long, `drafting` of it for so many drafts of a
-        sequence on average; `width`: rows of a sequence on average, if not all are the layout's."""
+        sequence on average; `width`: rows of a sequence on average, if not all are the layout's; `own`: of a habit, the
+        layouts of its sequences."""
         if kind == HABIT and self._costs is not None:
             return  # of fewer sequences, for which nobody has asked yet what they cost
         self._taken += 1
@@ -85,7 +95,7 @@ class Prices:
             share = self._pace.usual(drafting / usual, drafts, None)
             self._of_drafting.took(drafts, share, self._taken)
             seconds -= drafting
-        rows, expected = self._expected(kind, layout, width)
+        rows, expected = self._expected_of_all(own) if own else self._expected(layout, width)
         rows = rows if kind > PLANNED else self.sequences
         share = self._pace.usual(seconds / expected, rows, self._fits[kind])
         size = size_class(self.sequences) if kind > PLANNED else 0
@@ -148,16 +158,19 @@ class Prices:
         beyond = drafts - below
         return seconds[below] + beyond * (seconds[below + 1] - seconds[below]) if beyond else seconds[below]
 
-    def _expected(self, kind: int, layout: Layout, width: float | None) -> tuple[float, float]:
+    def _expected(self, layout: Layout, width: float | None) -> tuple[float, float]:
         """The rows of a sequence that count in such a step, and the seconds measured for it."""
         if layout.width == 1:
             return 1, self.plain_seconds
         if self.ragged and width is not None and self._bare is not None:
             seconds = self._bare[layout.masks > 0]
             return width, float(np.interp((width - 1) * self.sequences, np.arange(len(seconds)), seconds))
-        if kind == HABIT and width is not None:  # where every sequence has its own layout
-            return width, float(np.interp(width - 1, np.arange(self.measured.shape[1]), self.measured[0]))
         return layout.width, self._as_lists[0][layout.regular - 1][layout.masks]
+
+    def _expected_of_all(self, own: Sequence[Layout]) -> tuple[float, float]:
+        """The same on average of these layouts, as a rule is solved for that is followed by all."""
+        each = [self._expected(layout, None) for layout in own]
+        return sum(rows for rows, _ in each) / len(own), sum(seconds for _, seconds in each) / len(own)
 
     def _refit(self) -> None:
         """Factors of all that is measured but plain steps, for any number of sequences."""
