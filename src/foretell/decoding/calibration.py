@@ -145,14 +145,14 @@ class Experience:
         """After a step these were the chances (n+1,) that the first 0..n of the text's own drafts hold, n from 0."""
         self._found.append(reach)
 
-    def made(self, confidences: Sequence[float]) -> list[float]:
+    def made(self, confidences: Sequence[float], weight: float = 1.0) -> list[float]:
         """A new block's confidences (n,) -> their log-odds, remembered as an example of what blocks promise."""
         logits = [log_odds(confidence) for confidence in confidences]
         self._told += 1
         # A block of fewer masks is taken to go on as it is: each of its next drafts less sure than the one before.
         falls = min(0.0, (logits[-1] - logits[0]) / max(1, len(logits) - 1))
         beyond = range(1, self.masks - len(logits) + 1)
-        self._own.append(logits + [max(-LIMIT, logits[-1] + number * falls) for number in beyond])
+        self._own.append(logits + [max(-LIMIT, logits[-1] + number * falls) for number in beyond] + [weight])
         return logits
 
     def ended(self, stopped: bool) -> None:
@@ -167,7 +167,7 @@ class Experience:
         many = sequences > 1
         if self._own:
             blocks = spread(list(self._own), min(len(self._own), WINDOW))
-            promised = self.calibration.reaches(blocks).sum(1)
+            promised = self.calibration.reaches([b[:-1] for b in blocks]).sum(1)
             self._earlier.append(Told(blocks, float(promised.mean()), float(promised.var()) * len(blocks)))
             self._apart = self._differ()
         self._own, self._told = deque(maxlen=WINDOW * sequences), 0
@@ -198,7 +198,9 @@ class Experience:
             latest = own[len(own) - count // 2 :]
             own = spread(own[: len(own) - len(latest)], count - len(latest)) + latest
         blocks = spread(earlier, WINDOW - count) + spread(own, count)
-        blocks = blocks or [[log_odds(FIRST_GUESS)] * self.masks]
+        blocks = blocks or [[log_odds(FIRST_GUESS)] * self.masks + [1.0]]
+        self.weights = np.array([b[-1] for b in blocks])
+        blocks = [b[:-1] for b in blocks]
         found = np.zeros((len(blocks), self.masks + 1))
         found[:, 0] = 1.0
         for row, reach in zip(found[::-1], reversed(self._found), strict=False):

@@ -14,7 +14,7 @@ from foretell.layout import Layout
 
 STEPS = (16, 256)  # of a habit, doubling from the first to the last while it is confirmed
 STEPS_PLANNED = 16  # behind one, which tell whether it is still good
-ROUNDS = 2  # of policy iteration, from the last solution
+ROUNDS = 12  # of policy iteration, from the last solution, at most: it is followed for long
 SLACK = 0.15  # of the tokens that a step should give, how many may be missing, or too many
 # After so many solutions in a row that found something else better, one that is hardly worse is tried, too: what such
 # steps really take shows only then.
@@ -54,10 +54,13 @@ class Habit:
         seconds per token."""
         value, per_token = self._solution or (np.zeros(len(reach)), problem.seconds[0])
         mean, nothing = reach[None], np.zeros((1, len(reach)))
+        rule: list[int] = []
         for _ in range(ROUNDS):
             chosen, solved = problem.round(mean, nothing, value, per_token)
             value, per_token = self._solution = value_of(solved)
-        rule = chosen[0].tolist()
+            before, rule = rule, chosen[0].tolist()
+            if rule == before:
+                break
         self.layouts = [problem.shapes.layouts[index] for index in rule]
         self._tokens = (reach * problem.shapes.there[rule]).sum(1).tolist()
         return per_token
