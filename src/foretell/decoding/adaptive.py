@@ -261,7 +261,7 @@ class Adaptive:
         best, promise = None, 1.0  # tokens
         blocks = []
         if row.drafts:
-            logits = self.experience.made(confidences[: row.drafts], self.urgency.get(row.sequence, 1.0))
+            logits = self.experience.made(confidences[: row.drafts])
             best = OpenBlock([int(token) for token in made[: row.drafts]], logits, self.experience.calibration)
             blocks, promise = [best], MARGIN * sum(best.reach)
         found, instead = self._found(row, promise), False

@@ -23,6 +23,7 @@ EARLIER = 4  # texts whose blocks do while a new one has told little
 ALIKE = 0.2  # of the variance within a text, how much there is between texts: a first guess, worth `GUESSED` texts
 GUESSED = 2
 TELLING = 8  # blocks after which a text has told itself what it is like
+FOLLOWS = 1 / 32  # of a block, in how much less sure drafts are from place to place
 TEXTS = 16  # whose ends tell how texts end
 FIRST_GUESS = 0.6  # confidence of every draft before anything was seen
 
@@ -132,6 +133,8 @@ class Experience:
         self.calibration = Calibration(masks)
         self.lookup = Calibration(masks)  # of the text's own drafts: `Found.log_odds`, `Found.evidence`
         self.looks = Looks()
+        # Log-odds of draft j beyond those of the one before it, on average of the latest blocks that went so far.
+        self._falls: list[float | None] = [None] * masks
         self.stopped = 0.5  # share of the latest texts that ended before their limit
         # Of blocks, log-odds (k,): of this text, or of those of a batch, and of each of the last ones.
         self._own: deque[list[float]] = deque(maxlen=WINDOW)
@@ -145,14 +148,21 @@ class Experience:
         """After a step these were the chances (n+1,) that the first 0..n of the text's own drafts hold, n from 0."""
         self._found.append(reach)
 
-    def made(self, confidences: Sequence[float], weight: float = 1.0) -> list[float]:
+    def made(self, confidences: Sequence[float]) -> list[float]:
         """A new block's confidences (n,) -> their log-odds, remembered as an example of what blocks promise."""
         logits = [log_odds(confidence) for confidence in confidences]
         self._told += 1
-        # A block of fewer masks is taken to go on as it is: each of its next drafts less sure than the one before.
-        falls = min(0.0, (logits[-1] - logits[0]) / max(1, len(logits) - 1))
-        beyond = range(1, self.masks - len(logits) + 1)
-        self._own.append(logits + [max(-LIMIT, logits[-1] + number * falls) for number in beyond] + [weight])
+        # A block of fewer masks is taken to go on as fuller ones did, or as it is itself.
+        own = min(0.0, (logits[-1] - logits[0]) / max(1, len(logits) - 1))
+        whole = list(logits)
+        for place in range(1, self.masks):
+            fall = self._falls[place]
+            if place < len(logits):
+                fresh = logits[place] - logits[place - 1]
+                self._falls[place] = fresh if fall is None else fall + FOLLOWS * (fresh - fall)
+            else:
+                whole.append(max(-LIMIT, whole[-1] + (own if fall is None else min(0.0, fall))))
+        self._own.append(whole)
         return logits
 
     def ended(self, stopped: bool) -> None:
@@ -167,7 +177,7 @@ class Experience:
         many = sequences > 1
         if self._own:
             blocks = spread(list(self._own), min(len(self._own), WINDOW))
-            promised = self.calibration.reaches([b[:-1] for b in blocks]).sum(1)
+            promised = self.calibration.reaches(blocks).sum(1)
             self._earlier.append(Told(blocks, float(promised.mean()), float(promised.var()) * len(blocks)))
             self._apart = self._differ()
         self._own, self._told = deque(maxlen=WINDOW * sequences), 0
@@ -198,9 +208,7 @@ class Experience:
             latest = own[len(own) - count // 2 :]
             own = spread(own[: len(own) - len(latest)], count - len(latest)) + latest
         blocks = spread(earlier, WINDOW - count) + spread(own, count)
-        blocks = blocks or [[log_odds(FIRST_GUESS)] * self.masks + [1.0]]
-        self.weights = np.array([b[-1] for b in blocks])
-        blocks = [b[:-1] for b in blocks]
+        blocks = blocks or [[log_odds(FIRST_GUESS)] * self.masks]
         found = np.zeros((len(blocks), self.masks + 1))
         found[:, 0] = 1.0
         for row, reach in zip(found[::-1], reversed(self._found), strict=False):

@@ -36,7 +36,6 @@ UNTAUGHT = 16  # blocks of the text's own drafts that are learnt from at a time,
 PAYS = 0.93  # plain steps that a token must cost less than for anything else to be worth its trouble
 REPEATS = 0.1  # of what masks promise, what the text itself may promise beside a habit
 HABIT_PAYS = 0.97  # the same for a habit, which is less trouble
-WEIGHTED = True
 TEXTS = 4  # in a row in which nothing paid, after which only one of so many begins with masks
 
 
@@ -338,8 +337,7 @@ class Planner:
             return
         planning = (planning or 0.0) + self._solving / SOLVE_EVERY[1]
         seconds = self.prices.of_habit(planning)[self.shapes.verified, self.shapes.hung]
-        w = self.experience.weights if WEIGHTED else np.ones(len(reach))
-        per_token = self.habit.solve(self._problem._replace(seconds=seconds), (w[:, None] * reach).sum(0) / w.sum())
+        per_token = self.habit.solve(self._problem._replace(seconds=seconds), reach.mean(0))
         if per_token < min(self.habit.patience * self.per_token, HABIT_PAYS * self.prices.resting):
             self.habit.begin()
             self._pays = True
