@@ -20,6 +20,7 @@ from foretell.layout import Layout, plain
 
 MARGIN = 1.15  # by which the text's own drafts must promise more than those of the masks: the better guess flatters
 TIMED = 4  # of how many steps that nobody plans one is timed: they are alike, and to note what they take takes its time
+QUIET = 7  # steps of one sequence in a pause or at rest at which nothing is asked, behind each at which it is
 WATCHED = 4  # sequences of a batch that are watched while it rests: each of their tokens costs a microsecond
 
 
@@ -119,7 +120,7 @@ class Adaptive:
         if self.paused:
             if own := self._listen(running[0]) if self.listens else []:
                 return drafts.new_tensor([own])
-            if self.rests and len(running) == 1:
+            if len(running) == 1:
                 self._be_quiet()
             return drafts
         made: list[list[float]] = [[] for _ in running]
@@ -150,7 +151,9 @@ class Adaptive:
             if self.pause is not None and not self.paused:
                 self.pause.began()
             return
-        if self.rests:
+        if self.quiet:
+            return  # of these steps the last one is timed
+        if self.rests and not self.still:
             self.at_rest += 1
             if self.at_rest % TIMED:
                 return
@@ -200,11 +203,14 @@ class Adaptive:
         return False
 
     def _be_quiet(self) -> None:
-        """At rest, of one sequence: the next steps, if they neither look for drafts nor try masks."""
-        if self.planning is None:
+        """In a pause or at rest, of one sequence: the next steps, if they neither look for drafts nor try masks."""
+        if self.planning is None or self.pause is None:
+            return
+        if not self.rests:
+            self.quiet = self.pause.pass_over(QUIET)
             return
         looks = self.experience.looks
-        self.quiet = self.planning.rests_for(looks.idle(self._worth_of_token()) if self.lookup else TIMED)
+        self.quiet = self.planning.rests_for(looks.idle(self._worth_of_token()) if self.lookup else QUIET)
         if self.lookup:
             looks.pass_over(self.quiet)
 
@@ -212,17 +218,18 @@ class Adaptive:
         """Whether it is over because the text begins to foretell itself. One sequence a step is watched."""
         if not self.lookup or self.pause is None:
             return False
-        woken = self.pause.foretold(self._foretold_run(running))
+        woken = self.pause.foretold(self._foretold_run(running, 1 + QUIET if len(running) == 1 else 1))
         self.foretold *= not woken
         return woken
 
-    def _foretold_run(self, running: Sequence[Running]) -> int:
-        """How many times in a row a watched sequence has said what its text foretold."""
+    def _foretold_run(self, running: Sequence[Running], most: int = 1) -> int:
+        """How many times in a row a watched sequence has said what its text foretold; of each look up to `most`."""
         self.watched += 1
         row = running[self.watched % min(len(running), WATCHED)]
         index = self._text(row)
-        index.find(row.text, 1)
-        self.foretold = self.foretold + 1 if index.run else 0
+        before = index.run
+        index.find(row.text, most)
+        self.foretold = self.foretold + index.run - before if index.run > before else 0
         return self.foretold
 
     def _learn_worth(self, length: int) -> None:

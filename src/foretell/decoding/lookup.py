@@ -13,7 +13,7 @@ LONGEST = 32  # tokens: a longer match says no more
 REMEMBERED = 0.95  # weight of what became of earlier first drafts, from one to the next
 FADES = 1 - 1 / 64  # weight of what looks gained and took, from one to the next
 FIRST_GUESS = 4.0  # tokens that looks have gained, before any did
-SELDOM = 4  # steps of which one looks while that is not worth its time
+SELDOM = 8  # steps of which one looks while that is not worth its time
 DOUBT = 3.0  # first drafts that fail, before any was seen
 
 
@@ -88,9 +88,9 @@ class TextLookup:
     def __init__(self) -> None:
         self._behind: defaultdict[int, list[int]] = defaultdict(list)  # places behind a token
         self._read = 1  # places known, but for the first
-        self._foretold: tuple[int, int] | None = None  # place and token of the last first draft
+        self._foretold: tuple[int, list[int]] | None = None  # place of the last first draft, and all of them
         self._held = self._failed = 0.0
-        self.run = 0  # first drafts that held, since one failed or there was none
+        self.run = 0  # drafts that held, since one failed or there was none; those between calls behind the first, too
 
     def find(self, text: Sequence[int], most: int) -> Found:
         """Up to `most` drafts after `text`, which begins with the text of the last call; none if nothing matches.
@@ -115,7 +115,7 @@ class TextLookup:
             return Found([], 0, self._held, self._failed)
         period = len(text) - best
         drafts = [text[best + number % period] for number in range(most)]
-        self._foretold = len(text), drafts[0]
+        self._foretold = len(text), drafts
         return Found(drafts, longest, self._held, self._failed)
 
     def _places(self, text: Sequence[int]) -> list[int]:
@@ -129,12 +129,13 @@ class TextLookup:
         return (pairs or latest)[:TRIED]
 
     def _remember(self, text: Sequence[int]) -> None:
-        """What became of the last first draft, if that is known by now."""
+        """What became of the last drafts, if that is known by now."""
         if self._foretold is None or self._foretold[0] >= len(text):
             return
-        place, token = self._foretold
+        place, drafts = self._foretold
         self._foretold = None
-        holds = text[place] == token
+        said = list(text[place : place + len(drafts)])
+        holds = said[0] == drafts[0]
         self._held = REMEMBERED * self._held + holds
         self._failed = REMEMBERED * self._failed + (not holds)
-        self.run = self.run + 1 if holds else 0
+        self.run = self.run + len(said) if said == drafts[: len(said)] else 0

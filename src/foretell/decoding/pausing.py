@@ -79,6 +79,12 @@ class Pause:
         """Whether the last step was too soon to tell what plain steps take."""
         return self._paused and self._rested <= COLD
 
+    def pass_over(self, steps: int) -> int:
+        """Of so many steps of a pause how many need not be asked about; none while plain steps are timed."""
+        steps = min(steps, self._left) if self._rested >= FIRST else 0
+        self._left -= steps
+        return steps
+
     def foretold(self, run: int) -> bool:
         """Nothing was looked for, and so many drafts in a row would have held; whether that ends a pause. Should the
         trial fail nevertheless, it takes twice as many the next time."""
