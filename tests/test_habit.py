@@ -88,7 +88,7 @@ def test_it_grows_while_it_is_confirmed_and_ends_where_the_text_becomes_another(
     problem = Problem(table, 1 + 0.02 * table.widths, np.full(5, 0.05))
     habit = Habit()
     habit.solve(problem, REACH)
-    for steps in (16, 32, 64, 128, 256, 256):
+    for steps in (16, 32, 64, 128, 256, 512, 512):
         habit.begin()
         assert habit.left == steps
     expected = habit._tokens[4]

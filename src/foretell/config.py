@@ -6,6 +6,7 @@ import dataclasses
 import types
 import typing
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, ClassVar, Self
 
 from foretell.errors import ForetellError
@@ -34,7 +35,7 @@ class Config:
     title: ClassVar[str] = "Options"  # of the options' group in the command line's help
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
+        hints = hints_of(type(self))
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             _check_type(f.name, value, hints[f.name])
@@ -59,11 +60,17 @@ class Config:
         missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in values]
         if missing:
             raise ForetellError(f"{cls.__name__} needs {', '.join(missing)}")
-        hints = typing.get_type_hints(cls)
+        hints = hints_of(cls)
         return cls(**{key: _as_meant(value, hints[key]) for key, value in values.items()})
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+@cache
+def hints_of(cls: type[Config]) -> dict[str, Any]:
+    """The types of its fields: to work them out anew took longer than a step of a small model."""
+    return typing.get_type_hints(cls)
 
 
 def _as_meant(value: Any, hint: Any) -> Any:

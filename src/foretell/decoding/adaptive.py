@@ -53,7 +53,8 @@ class Adaptive:
     planning: Planner | None = None  # who planned the last step
     made: float = 0.0  # drafts of the masks behind it, of a sequence on average
     urgency: dict[int, float] = field(default_factory=dict)  # of the sequences in the last step
-    gained: float = 0.0  # tokens of the last step, weighted so
+    said: int = 0  # tokens of the last step
+    gained: float = 0.0  # the same, weighted so
     sequences: int = 0  # in the last step
     batch: Batch | None = None  # if all texts began together and no others wait
     watched: int = 0  # sequences, in pauses
@@ -71,12 +72,12 @@ class Adaptive:
             self.batch.step(self.sequences, self.gained / self.sequences, self.paused)
         elif self.pause is not None and not self.sequences and len(planner.prices.plain) == len(running):
             self.batch = Batch(planner.prices.plain.tolist())
-        self.sequences, self.gained, self.urgency = len(running), 0.0, {}
+        self.sequences, self.said, self.gained, self.urgency = len(running), 0, 0.0, {}
         self.habitual = planner.keeps_habit() or self.blind
         if self.habitual:
             self.paused = self.rests = False
             self.verified = {}
-            if self.lookup and self._foretold_run(running) >= WOKEN_BY:
+            if self.lookup and self.blindly % TIMED == 0 and self._foretold_run(running, 1 + QUIET) >= 2 * WOKEN_BY:
                 planner.habit.end()
             self.followed = [within(planner.habit.layouts[row.drafts], row.remaining) for row in running]
             return self.followed
@@ -98,6 +99,7 @@ class Adaptive:
         return [within(layout, left) for layout, left in zip(layouts, remaining, strict=True)]
 
     def decided(self, row: Running, tokens: Sequence[int]) -> None:
+        self.said += len(tokens)
         self.gained += len(tokens) * self.urgency.get(row.sequence, 1.0)
         if self.habitual and row.remaining and self.planning is not None:
             self.planning.habit.gave(row.drafts, len(tokens), self.sequences)
@@ -141,9 +143,11 @@ class Adaptive:
         trouble, self.trouble = self.trouble, 0.0
         if self.planning is None:
             return
+        if seconds is not None and not self.paused:
+            self.planning.kept(self.habitual, seconds, self.said / self.sequences)
         if self.habitual:
             self.blindly += 1
-            if self.blindly % TIMED == 0 and seconds is not None:
+            if self.blindly % TIMED == 1 and seconds is not None:
                 self.planning.took(layout, seconds, self.made, drafting, habit=self.followed)
             return
         begin = time.perf_counter()

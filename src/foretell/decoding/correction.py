@@ -89,6 +89,10 @@ class Correction:
         self._steps.append((math.log(width), math.log(share), now))
         self._news += 1
 
+    def fresh(self, now: int) -> bool:
+        """Whether the latest of them is not long ago."""
+        return bool(self._steps) and self._steps[-1][2] >= now - AGED
+
     def fit(self, now: int = 0) -> Fit | None:
         """None while too few steps are known. Of many, few new ones make no other fit: not every solution needs one."""
         while len(self._steps) > self.fewest and self._steps[0][2] < now - AGED:

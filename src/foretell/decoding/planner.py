@@ -80,6 +80,7 @@ class Planner:
         self._solving = math.inf  # seconds that a solution takes, at least
         self.solved_in = 0.0  # seconds that one took before the last step, 0 if there was none
         self.habit = Habit()
+        self.habit_per_token = self.per_token
 
     def reprice(self, costs: Costs, plain: Floats) -> None:
         """From now on steps cost this, and plain ones (n,) of 1, 2, ... n sequences that, if n are decoded."""
@@ -338,12 +339,18 @@ class Planner:
             return
         planning = (planning or 0.0) + self._solving / SOLVE_EVERY[1]
         seconds = self.prices.of_habit(planning)[self.shapes.verified, self.shapes.hung]
-        per_token = self.habit.solve(self._problem._replace(seconds=seconds), reach.mean(0))
+        self.habit_per_token = self.habit.solve(self._problem._replace(seconds=seconds), reach.mean(0))
+        per_token = self.habit.beyond * self.habit_per_token
         if per_token < min(self.habit.patience * self.per_token, HABIT_PAYS * self.prices.resting):
             self.habit.begin()
             self._pays = True
         else:
             self.habit.end()
+
+    def kept(self, blind: bool, seconds: float, tokens: float) -> None:
+        """A step, planned or a `blind` one of a habit, took so long and gave so many tokens a sequence."""
+        if self.sequences == self._solved_for and (blind or self._pays):
+            self.habit.kept(blind, seconds, tokens * (self.habit_per_token if blind else self.per_token))
 
     def keeps_habit(self) -> bool:
         """Whether the next step is one of a habit; to be asked once before each step.

@@ -66,7 +66,8 @@ def strategy_of(model: MTPModel, config: DecodeConfig, sequences: int) -> Strate
     )
     drafting = (config.masks, config.use_sampler, config.shortlist, config.drafts, config.lookup, config.temperature)
     of_model = _plannings.setdefault(model, {})
-    planning = of_model.setdefault((*place, model.skips_filler, *drafting), Planning(model, config))
+    if (planning := of_model.get((*place, *drafting))) is None:
+        planning = of_model[*place, *drafting] = Planning(model, config)
     planning.prepare(model, sequences)
     planning.experience.begin_text(sequences)
     planning.planner(sequences).begin_text()

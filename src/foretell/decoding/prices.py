@@ -124,8 +124,10 @@ class Prices:
         return scale
 
     def of_habit(self, planning: float) -> Floats:
-        """As `table`, of steps that nobody plans, which takes so long; a guess until some were timed."""
-        habit = self._fits[HABIT]
+        """As `table`, of steps that nobody plans, which takes so long; a guess until some were timed, and when that is
+        long ago: those of a busy minute would be refused for ever."""
+        timed = any(known.fresh(self._taken) for (kind, _), known in self._corrections.items() if kind == HABIT)
+        habit = self._fits[HABIT] if timed else None
         table = self.table - BESIDE * planning if habit is None else self.measured * habit.at_all(self._widths)
         table[0, 0] = self.resting
         return table
