@@ -23,7 +23,7 @@ EARLIER = 4  # texts whose blocks do while a new one has told little
 ALIKE = 0.2  # of the variance within a text, how much there is between texts: a first guess, worth `GUESSED` texts
 GUESSED = 2
 TELLING = 8  # blocks after which a text has told itself what it is like
-FOLLOWS = 1 / 32  # of a block, in how much less sure drafts are from place to place
+FALL = -0.25  # of log-odds from draft to draft: a first guess, worth `GUESSED` blocks
 TEXTS = 16  # whose ends tell how texts end
 FIRST_GUESS = 0.6  # confidence of every draft before anything was seen
 
@@ -133,8 +133,8 @@ class Experience:
         self.calibration = Calibration(masks)
         self.lookup = Calibration(masks)  # of the text's own drafts: `Found.log_odds`, `Found.evidence`
         self.looks = Looks()
-        # Log-odds of draft j beyond those of the one before it, on average of the latest blocks that went so far.
-        self._falls: list[float | None] = [None] * masks
+        # By how much the log-odds of draft j are beyond those of the one before, on average, and of how many blocks.
+        self._falls, self._fell = [FALL] * masks, [GUESSED] * masks
         self.stopped = 0.5  # share of the latest texts that ended before their limit
         # Of blocks, log-odds (k,): of this text, or of those of a batch, and of each of the last ones.
         self._own: deque[list[float]] = deque(maxlen=WINDOW)
@@ -152,16 +152,14 @@ class Experience:
         """A new block's confidences (n,) -> their log-odds, remembered as an example of what blocks promise."""
         logits = [log_odds(confidence) for confidence in confidences]
         self._told += 1
-        # A block of fewer masks is taken to go on as fuller ones did, or as it is itself.
-        own = min(0.0, (logits[-1] - logits[0]) / max(1, len(logits) - 1))
+        # A block of fewer masks is taken to go on as fuller ones did.
         whole = list(logits)
         for place in range(1, self.masks):
-            fall = self._falls[place]
             if place < len(logits):
-                fresh = logits[place] - logits[place - 1]
-                self._falls[place] = fresh if fall is None else fall + FOLLOWS * (fresh - fall)
+                self._falls[place] += (logits[place] - logits[place - 1] - self._falls[place]) / (self._fell[place] + 1)
+                self._fell[place] = min(self._fell[place] + 1, WINDOW)
             else:
-                whole.append(max(-LIMIT, whole[-1] + (own if fall is None else min(0.0, fall))))
+                whole.append(max(-LIMIT, whole[-1] + self._falls[place]))
         self._own.append(whole)
         return logits
 
@@ -185,6 +183,11 @@ class Experience:
         if many:
             self._own.extend(block for text in self._earlier for block in text.blocks)
             self._earlier.clear()
+
+    @property
+    def complete(self) -> bool:
+        """Whether a block of all masks was seen."""
+        return self.masks == 1 or self._fell[-1] > GUESSED
 
     @property
     def familiar(self) -> bool:

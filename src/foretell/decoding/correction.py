@@ -55,6 +55,10 @@ class Pace:
     def __init__(self) -> None:
         self._level = 0.0  # logarithm
 
+    @property
+    def level(self) -> float:
+        return math.exp(self._level)
+
     def usual(self, share: float, width: float, fit: Fit | None) -> float:
         """The share of the measured seconds that a step of this kind and width would have taken at the usual pace."""
         found = share * math.exp(-self._level)

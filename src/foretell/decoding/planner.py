@@ -135,6 +135,7 @@ class Planner:
             return [self.shapes.layouts[index] for index in chosen]
         self._until_solution = SETTLED
         most = max(FEWEST_TRIED, TRIED // self.sequences)  # of many sequences fewer tell as much
+        most = most if self.experience.complete else self.masks
         return self._trial(Layout(1, (Block(0, min(most, self.masks)),)), len(chosen))
 
     def urgency(self, remaining: Sequence[int], refilled: bool) -> list[float]:
@@ -350,7 +351,7 @@ class Planner:
     def kept(self, blind: bool, seconds: float, tokens: float) -> None:
         """A step, planned or a `blind` one of a habit, took so long and gave so many tokens a sequence."""
         if self.sequences == self._solved_for and (blind or self._pays):
-            self.habit.kept(blind, seconds, tokens * (self.habit_per_token if blind else self.per_token))
+            self.habit.kept(blind, seconds / self.prices.pace, tokens * (self.habit_per_token if blind else self.per_token))
 
     def keeps_habit(self) -> bool:
         """Whether the next step is one of a habit; to be asked once before each step.

@@ -123,6 +123,11 @@ class Prices:
             self._correct_rows()
         return scale
 
+    @property
+    def pace(self) -> float:
+        """How many times as long as usual all steps take at present."""
+        return self._pace.level
+
     def of_habit(self, planning: float) -> Floats:
         """As `table`, of steps that nobody plans, which takes so long; a guess until some were timed, and when that is
         long ago: those of a busy minute would be refused for ever."""
