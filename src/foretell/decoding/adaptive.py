@@ -140,9 +140,9 @@ class Adaptive:
         return torch.tensor([own + [0] * (most - len(own)) for own, _ in chosen], device=drafts.device)
 
     def took(self, layout: Layout, seconds: float | None, drafting: float = 0.0, width: float | None = None) -> None:
+        if self.quiet or self.planning is None:
+            return  # of steps at which nothing is asked the last one is timed
         trouble, self.trouble = self.trouble, 0.0
-        if self.planning is None:
-            return
         if seconds is not None and not self.paused:
             self.planning.kept(self.habitual, seconds, self.said / self.sequences)
         if self.habitual:
@@ -155,8 +155,6 @@ class Adaptive:
             if self.pause is not None and not self.paused:
                 self.pause.began()
             return
-        if self.quiet:
-            return  # of these steps the last one is timed
         if self.rests and not self.still:
             self.at_rest += 1
             if self.at_rest % TIMED:

@@ -35,6 +35,7 @@ TRIED, FEWEST_TRIED = 4, 2  # masks: the first drafts tell most
 UNTAUGHT = 16  # blocks of the text's own drafts that are learnt from at a time, at rest
 PAYS = 0.93  # plain steps that a token must cost less than for anything else to be worth its trouble
 REPEATS = 0.1  # of what masks promise, what the text itself may promise beside a habit
+DEARER = 1 / 3  # of what planning takes of a plain step, by how much planned steps break their promise beyond habits
 HABIT_PAYS = 0.97  # the same for a habit, which is less trouble
 TEXTS = 4  # in a row in which nothing paid, after which only one of so many begins with masks; later of its square
 
@@ -342,7 +343,8 @@ class Planner:
         seconds = self.prices.of_habit(planning)[self.shapes.verified, self.shapes.hung]
         self.habit_per_token = self.habit.solve(self._problem._replace(seconds=seconds), reach.mean(0))
         per_token = self.habit.beyond * self.habit_per_token
-        if per_token < min(self.habit.patience * self.per_token, HABIT_PAYS * self.prices.resting):
+        patience = self.habit.patience + DEARER * planning / self.prices.resting
+        if per_token < min(patience * self.per_token, HABIT_PAYS * self.prices.resting):
             self.habit.begin()
             self._pays = True
         else:
