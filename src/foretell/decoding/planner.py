@@ -341,10 +341,9 @@ class Planner:
             return
         planning = (planning or 0.0) + self._solving / SOLVE_EVERY[1]
         seconds = self.prices.of_habit(planning)[self.shapes.verified, self.shapes.hung]
-        self.habit_per_token = self.habit.solve(self._problem._replace(seconds=seconds), reach.mean(0))
-        per_token = self.habit.beyond * self.habit_per_token
+        promised = self.habit_per_token = self.habit.solve(self._problem._replace(seconds=seconds), reach.mean(0))
         patience = self.habit.patience + DEARER * planning / self.prices.resting
-        if per_token < min(patience * self.per_token, HABIT_PAYS * self.prices.resting):
+        if promised < HABIT_PAYS * self.prices.resting and self.habit.beyond * promised < patience * self.per_token:
             self.habit.begin()
             self._pays = True
         else:
