@@ -94,7 +94,7 @@ def test_one_sequence_at_rest_goes_the_same_way_unasked(lookup: bool, monkeypatc
 
         monkeypatch.setattr(planner, "rests", counted)
         if not quiet:
-            monkeypatch.setattr(strategy, "_be_quiet", lambda: None)
+            monkeypatch.setattr(strategy, "_be_quiet", lambda alone: None)
         courses.append(course_of(strategy, planner, 400, 0.02, sequences=1))
         asked.append(len(calls))
     assert courses[0] == courses[1] and courses[0].count("masks") > 1

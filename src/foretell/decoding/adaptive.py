@@ -20,7 +20,8 @@ from foretell.layout import Layout, plain
 
 MARGIN = 1.15  # by which the text's own drafts must promise more than those of the masks: the better guess flatters
 TIMED = 4  # of how many steps that nobody plans one is timed: they are alike, and to note what they take takes its time
-QUIET = 7  # steps of one sequence in a pause or at rest at which nothing is asked, behind each at which it is
+# Steps in a pause or at rest at which nothing is asked, behind each at which it is: of one sequence, and of several.
+QUIET, QUIET_TOGETHER = 7, 3
 WATCHED = 4  # sequences of a batch that are watched while it rests: each of their tokens costs a microsecond
 
 
@@ -64,7 +65,7 @@ class Adaptive:
         self.still = self.quiet > 0
         if self.still:
             self.quiet -= 1
-            return [plain()]
+            return [plain()] * len(running)
         self.planning = planner = self.planner(len(running))
         if refilled:
             self.batch = None
@@ -122,8 +123,7 @@ class Adaptive:
         if self.paused:
             if own := self._listen(running[0]) if self.listens else []:
                 return drafts.new_tensor([own])
-            if len(running) == 1:
-                self._be_quiet()
+            self._be_quiet(len(running) == 1)
             return drafts
         made: list[list[float]] = [[] for _ in running]
         sure = made
@@ -204,16 +204,17 @@ class Adaptive:
             planner.wake()
         return False
 
-    def _be_quiet(self) -> None:
-        """In a pause or at rest, of one sequence: the next steps, if they neither look for drafts nor try masks."""
+    def _be_quiet(self, alone: bool) -> None:
+        """In a pause or at rest: the next steps, if they neither look for drafts nor try masks."""
         if self.planning is None or self.pause is None:
             return
+        most, looks = QUIET if alone else QUIET_TOGETHER, self.experience.looks
         if not self.rests:
-            self.quiet = self.pause.pass_over(QUIET)
-            return
-        looks = self.experience.looks
-        self.quiet = self.planning.rests_for(looks.idle(self._worth_of_token()) if self.lookup else QUIET)
-        if self.lookup:
+            self.quiet = self.pause.pass_over(most)
+        elif not self.listens:
+            self.quiet = self.planning.rests_for(most)
+        else:
+            self.quiet = self.planning.rests_for(looks.idle(self._worth_of_token()))
             looks.pass_over(self.quiet)
 
     def _foretold(self, running: Sequence[Running]) -> bool:

@@ -173,6 +173,9 @@ class Experience:
         """
         self._found.clear()
         many = sequences > 1
+        if many and self._own and not self._told:  # nothing new: as the last batch found it
+            self._own = deque(self._own, WINDOW * sequences)
+            return
         if self._own:
             blocks = spread(list(self._own), min(len(self._own), WINDOW))
             promised = self.calibration.reaches(blocks).sum(1)
