@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from foretell import native
 from foretell.decoding.adaptive import Adaptive
 from foretell.decoding.calibration import Experience
 from foretell.decoding.pausing import FIRST, WOKEN_BY, Pause
@@ -21,6 +22,7 @@ from foretell.layout import plain
 
 def planless(chance: float) -> tuple[Adaptive, Planner]:
     """On a machine where masks are dear, with a drafter whose drafts hold with this chance, which it knows."""
+    native.library()  # not to be compiled in the first solution's time
     experience = Experience(3)
     for _ in range(20):
         experience.made([chance] * 3)

@@ -13,7 +13,7 @@ LONGEST = 32  # tokens: a longer match says no more
 REMEMBERED = 0.95  # weight of what became of earlier first drafts, from one to the next
 FADES = 1 - 1 / 64  # weight of what looks gained and took, from one to the next
 FIRST_GUESS = 4.0  # tokens that looks have gained, before any did
-SELDOM = 8  # steps of which one looks while that is not worth its time
+SELDOM = 4  # steps of which one looks while that is not worth its time; at rest of twice as many
 DOUBT = 3.0  # first drafts that fail, before any was seen
 
 
@@ -61,8 +61,8 @@ class Looks:
         return self._passed_over % SELDOM == 0
 
     def idle(self, token: float) -> int:
-        """At how many of the next steps no look will be due."""
-        return 0 if self.pays(token) else SELDOM - 1 - self._passed_over % SELDOM
+        """At rest: at how many of the next steps no look will be due."""
+        return 0 if self.pays(token) else 2 * SELDOM - 1 - self._passed_over % (2 * SELDOM)
 
     def pass_over(self, steps: int) -> None:
         """At so many of them nobody asks."""
