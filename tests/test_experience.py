@@ -108,3 +108,19 @@ def test_a_text_of_another_kind_is_seen_as_one_within_few_steps(kind: float) -> 
         if drafts:
             experience.made([kind] * drafts)
     assert (sum(map(bool, hung[SETTLED + 1 :])) >= 4) == (kind > 0.5), hung
+
+
+def test_a_block_of_few_masks_is_taken_to_go_on_as_full_ones_did() -> None:
+    def third(last: float, blocks: int = 40) -> float:
+        experience = Experience(MASKS)
+        assert not experience.complete
+        for _ in range(blocks):
+            experience.made([0.9, 0.8, last])
+        assert experience.complete == (blocks > 0)
+        experience.begin_text()
+        for _ in range(WINDOW):
+            experience.made([0.9, 0.8])
+        return float(experience.recent_reach()[0][-1, 3] / experience.recent_reach()[0][-1, 2])
+
+    assert third(0.8) == pytest.approx(0.8, abs=0.01) and third(0.3) == pytest.approx(0.3, abs=0.02)
+    assert 0.7 < third(0.0, blocks=0) < 0.8  # a little less sure than the one before it

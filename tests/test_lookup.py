@@ -50,6 +50,15 @@ def test_finds_the_longest_latest_match_of_a_growing_text() -> None:
             text += text[start : start + 9] if random.random() < 0.3 else random.integers(alphabet, size=2).tolist()
 
 
+def test_all_that_was_said_since_a_look_is_compared_with_what_it_foretold() -> None:
+    lookup, text = TextLookup(), [1, 2, 3, 4] * 3
+    lookup.find(text, 8)
+    for said, run in (([1], 1), ([2, 3, 4, 1], 5), ([2, 3, 9], 0), ([9, 9, 9], 0)):
+        text += said
+        lookup.find(text, 8)
+        assert lookup.run == run
+
+
 def test_a_loop_goes_on_and_short_or_new_text_gives_nothing() -> None:
     assert TextLookup().find([9, 1, 2, 3, 1, 2, 3, 1, 2], 5).drafts == [3, 1, 2, 3, 1]
     assert TextLookup().find([7, 7, 7], 4) == Found([7, 7, 7, 7], 2)

@@ -60,7 +60,7 @@ class Habit:
         self._promised[blind] = FADES * self._promised[blind] + promised
 
     @property
-    def beyond(self) -> float:
+    def dearer(self) -> float:
         """How many times as much steps of a habit take beyond what they promised as planned ones do, by the clock."""
         believed = BELIEVED * (sum(self._took) + sum(self._promised)) / 2
         planned, blind = (

@@ -343,7 +343,7 @@ class Planner:
         seconds = self.prices.of_habit(planning)[self.shapes.verified, self.shapes.hung]
         promised = self.habit_per_token = self.habit.solve(self._problem._replace(seconds=seconds), reach.mean(0))
         patience = self.habit.patience + DEARER * planning / self.prices.resting
-        if promised < HABIT_PAYS * self.prices.resting and self.habit.beyond * promised < patience * self.per_token:
+        if promised < HABIT_PAYS * self.prices.resting and self.habit.dearer * promised < patience * self.per_token:
             self.habit.begin()
             self._pays = True
         else:
@@ -352,7 +352,9 @@ class Planner:
     def kept(self, blind: bool, seconds: float, tokens: float) -> None:
         """A step, planned or a `blind` one of a habit, took so long and gave so many tokens a sequence."""
         if self.sequences == self._solved_for and (blind or self._pays):
-            self.habit.kept(blind, seconds / self.prices.pace, tokens * (self.habit_per_token if blind else self.per_token))
+            self.habit.kept(
+                blind, seconds / self.prices.pace, tokens * (self.habit_per_token if blind else self.per_token)
+            )
 
     def keeps_habit(self) -> bool:
         """Whether the next step is one of a habit; to be asked once before each step.
