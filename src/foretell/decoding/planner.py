@@ -37,7 +37,7 @@ PAYS = 0.93  # plain steps that a token must cost less than for anything else to
 REPEATS = 0.1  # of what masks promise, what the text itself may promise beside a habit
 DEARER = 1 / 3  # of what planning takes of a plain step, by how much planned steps break their promise beyond habits
 HABIT_PAYS = 0.97  # the same for a habit, which is less trouble
-TEXTS = 4  # in a row in which nothing paid, after which only one of so many begins with masks; later of its square
+TEXTS = 4  # in a row in which nothing paid, after which only one of so many begins with masks
 
 
 class Solution(NamedTuple):
@@ -227,8 +227,7 @@ class Planner:
                 first, self._solve_every = self._seldom()
                 self._until_solution = min(left, first)
             self._hope()
-        rarely = TEXTS if self._in_vain < TEXTS**2 else TEXTS**2
-        self._trials.begin_text(not (self._in_vain * self.sequences >= TEXTS and self._in_vain % rarely))
+        self._trials.begin_text(not (self._in_vain * self.sequences >= TEXTS and self._in_vain % TEXTS))
 
     def _hope(self) -> None:
         """Begins with the solution of the last texts' that promises most, where they differ: if this one is like that,
