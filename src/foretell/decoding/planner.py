@@ -35,7 +35,8 @@ TRIED, FEWEST_TRIED = 4, 2  # masks: the first drafts tell most
 UNTAUGHT = 16  # blocks of the text's own drafts that are learnt from at a time, at rest
 PAYS = 0.93  # plain steps that a token must cost less than for anything else to be worth its trouble
 REPEATS = 0.1  # of what masks promise, what the text itself may promise beside a habit
-DEARER = 1 / 3  # of what planning takes of a plain step, by how much planned steps break their promise beyond habits
+# Of what planning takes of a plain step, by how much planned steps break their promise beyond habits, and at most.
+DEARER, LEAN = 1 / 3, 0.07
 HABIT_PAYS = 0.97  # the same for a habit, which is less trouble
 TEXTS = 4  # in a row in which nothing paid, after which only one of so many begins with masks
 
@@ -341,7 +342,7 @@ class Planner:
         planning = (planning or 0.0) + self._solving / SOLVE_EVERY[1]
         seconds = self.prices.of_habit(planning)[self.shapes.verified, self.shapes.hung]
         promised = self.habit_per_token = self.habit.solve(self._problem._replace(seconds=seconds), reach.mean(0))
-        patience = self.habit.patience + DEARER * planning / self.prices.resting
+        patience = self.habit.patience + min(LEAN, DEARER * planning / self.prices.resting)
         if promised < HABIT_PAYS * self.prices.resting and self.habit.dearer * promised < patience * self.per_token:
             self.habit.begin()
             self._pays = True
@@ -361,9 +362,11 @@ class Planner:
         It outlasts sequences that leave a batch: for fewer, other layouts are best, but not by what it takes to solve
         for them again and again.
         """
+        if self.sequences >= APART * self._solved_for:
+            self.habit.left = 0  # a new batch, behind the last texts of another
         if self.habit.left == 0:
             return False
-        self.habit.left = 0 if self.sequences >= APART * self._solved_for else self.habit.left - 1
+        self.habit.left -= 1
         return True
 
     def _improve(self, rounds: int, close: float) -> None:
