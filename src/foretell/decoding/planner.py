@@ -77,6 +77,7 @@ class Planner:
         self._began_with, self._paid, self._in_vain = 1, True, 0  # sequences, while most were there, beginnings
         self._alike, self._paid_before = 0, True  # texts in a row in which masks paid, or did not
         self._ended: deque[Solution] = deque(maxlen=TEXTS)
+        self._whole: tuple[int, Solution, bool] | None = None  # of how many sequences, and whether it paid
         self._trials = Trials()
         self._until_solution, self._solve_every = 0, SOLVE_EVERY[0]
         self._solving = math.inf  # seconds that a solution takes, at least
@@ -217,6 +218,7 @@ class Planner:
         if self.habit.left and self.experience.alike and APART * self.sequences > self._solved_for:
             return
         self.habit.left = 0
+        self._as_before()
         left = self._until_solution
         if self.sequences == 1 or not (self._solved and self._paid):
             self._solve_every = max(SOLVE_BATCH_EVERY, SOLVE_EVERY[0] // self.sequences)
@@ -229,6 +231,18 @@ class Planner:
                 self._until_solution = min(left, first)
             self._hope()
         self._trials.begin_text(not (self._in_vain * self.sequences >= TEXTS and self._in_vain % TEXTS))
+
+    def _as_before(self) -> None:
+        """A batch begins as the last one of about its size was before it thinned out, so that it needs no solution at
+        once."""
+        if self._whole is None or self.sequences < APART * self._solved_for:
+            return
+        sequences, solution, pays = self._whole
+        if sequences < APART * self.sequences and self.sequences < APART * sequences:
+            self._price()
+            self.per_token, self.value, self._few = solution.share * self.prices.resting, solution.value, solution.few
+            self._solved_for, self._pays = sequences, pays
+            self._weigh()
 
     def _hope(self) -> None:
         """Begins with the solution of the last texts' that promises most, where they differ: if this one is like that,
@@ -324,6 +338,8 @@ class Planner:
         self._find_habit()
         if 2 * self.sequences > self._began_with:  # the last texts of a batch are no measure of the next one
             self._paid = self._pays
+            solution = Solution(self.per_token / self.prices.resting, self.value, self._few)
+            self._whole = self.sequences, solution, self._pays
         worth = self.value + self.prices.drafting
         self._hangs_masks = bool(worth.min() < 0)  # whether any block is worth its drafting
         self.solved_in = time.perf_counter() - begin

@@ -133,7 +133,11 @@ class Prices:
         long ago: those of a busy minute would be refused for ever."""
         timed = any(known.fresh(self._taken) for (kind, _), known in self._corrections.items() if kind == HABIT)
         habit = self._fits[HABIT] if timed else None
-        table = self.table - (BESIDE if self.sequences == 1 else 1) * planning if habit is None else self.measured * habit.at_all(self._widths)
+        table = (
+            self.table - (BESIDE if self.sequences == 1 else 1) * planning
+            if habit is None
+            else self.measured * habit.at_all(self._widths)
+        )
         table[0, 0] = self.resting
         return table
 
