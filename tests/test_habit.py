@@ -250,3 +250,31 @@ def test_a_text_begins_as_the_most_promising_of_the_last_ones() -> None:
         experience.begin_text()
         planner.begin_text()
     assert ended[0][1] and planner.per_token < 1.1 * min(own for own, _ in ended) and planner._pays
+
+
+def test_what_the_last_texts_of_a_batch_do_is_not_done_by_the_next_batch() -> None:
+    several = {
+        number: Costs({1: 1.0, 9: 1.2}, {2: price, 25: 9 * price}, {8: 0.1}) for number, price in ((2, 1.1), (16, 8.0))
+    }
+    planner = Planner(COSTS, experience := Experience(8))
+    for confidence in [0.95, 0.7] * 40:
+        experience.made([confidence] * 8)
+
+    def share(sequences: int) -> None:
+        planner.reprice(several[sequences], np.full(sequences, 1.0))
+        planner.urgency([100] * sequences, False)
+
+    share(16)
+    planner.begin_text()
+    for _ in range(4):
+        planner.solve()
+    planner.habit.planned(0.4)
+    rested, value = planner._pays, planner.value.copy()
+    assert not rested
+    share(2)
+    planner.solve()
+    assert planner._pays and planner.habit.left
+    share(16)
+    assert not planner.keeps_habit() and not planner.habit.left
+    planner.begin_text()
+    assert planner._pays == rested and planner._solved_for == 16 and planner.value == pytest.approx(value)

@@ -132,12 +132,10 @@ class Prices:
         """As `table`, of steps that nobody plans, which takes so long; a guess until some were timed, and when that is
         long ago: those of a busy minute would be refused for ever."""
         timed = any(known.fresh(self._taken) for (kind, _), known in self._corrections.items() if kind == HABIT)
-        habit = self._fits[HABIT] if timed else None
-        table = (
-            self.table - (BESIDE if self.sequences == 1 else 1) * planning
-            if habit is None
-            else self.measured * habit.at_all(self._widths)
-        )
+        if timed and (habit := self._fits[HABIT]) is not None:
+            table = self.measured * habit.at_all(self._widths)
+        else:
+            table = self.table - (BESIDE if self.sequences == 1 else 1) * planning
         table[0, 0] = self.resting
         return table
 
