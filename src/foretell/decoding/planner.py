@@ -215,10 +215,12 @@ class Planner:
         self._in_vain = 0 if self._paid else self._in_vain + 1
         self._alike, self._paid_before = self._alike + 1 if self._paid == self._paid_before else 0, self._paid
         self._began_with = self.sequences
-        if self.habit.left and self.experience.alike and APART * self.sequences > self._solved_for:
+        grown = self.sequences > FEW and self.sequences >= APART * self._solved_for
+        if self.habit.left and self.experience.alike and not grown and APART * self.sequences > self._solved_for:
             return
         self.habit.left = 0
-        self._as_before()
+        if grown:
+            self._as_before()
         left = self._until_solution
         if self.sequences == 1 or not (self._solved and self._paid):
             self._solve_every = max(SOLVE_BATCH_EVERY, SOLVE_EVERY[0] // self.sequences)
@@ -233,9 +235,9 @@ class Planner:
         self._trials.begin_text(not (self._in_vain * self.sequences >= TEXTS and self._in_vain % TEXTS))
 
     def _as_before(self) -> None:
-        """A batch begins as the last one of about its size was before it thinned out, so that it needs no solution at
-        once."""
-        if self._whole is None or self.sequences < APART * self._solved_for:
+        """A large batch begins as the last one of about its size was before it thinned out, so that it needs no
+        solution at once."""
+        if self._whole is None:
             return
         sequences, solution, pays = self._whole
         if sequences < APART * self.sequences and self.sequences < APART * sequences:

@@ -15,8 +15,9 @@ from foretell.layout import Layout
 PLAIN_TIMED, TIMED = 4, 6  # steps that correct the costs of their kind, at least: plain ones are all alike
 # Of plain steps without planning, of planned ones with neither drafts nor masks, drafts alone, masks; of a habit.
 RESTING, PLANNED, DRAFTS, MASKS, HABIT = range(5)
-# Times what planning takes by itself that it costs a step: meanwhile other threads fall asleep, and caches forget.
-BESIDE = 2
+# Times what planning takes by itself that it is guessed to cost a step: of one sequence more, as caches forget
+# meanwhile; of many, whose steps it is the smallest part of, nothing until it was seen.
+BESIDE, FEW = {1: 2}, 4
 WORTHWHILE = 0.008  # seconds of a plain step: to choose for every sequence takes up to 0.2 ms, twice the usual
 
 
@@ -135,7 +136,7 @@ class Prices:
         if timed and (habit := self._fits[HABIT]) is not None:
             table = self.measured * habit.at_all(self._widths)
         else:
-            table = self.table - (BESIDE if self.sequences == 1 else 1) * planning
+            table = self.table - BESIDE.get(self.sequences, 0 if self.sequences > FEW else 1) * planning
         table[0, 0] = self.resting
         return table
 
