@@ -42,11 +42,12 @@ TEXTS = 4  # in a row in which nothing paid, after which only one of so many beg
 
 
 class Solution(NamedTuple):
-    """Of a text, at its end."""
+    """Of a text, at its end, or of a batch, while most of it was there."""
 
     share: float  # of a plain step, that a token takes
     value: Floats
-    few: NDArray[np.intp]  # shapes that were best for some block
+    few: NDArray[np.intp]  # those of the shapes that were best for some block
+    shapes: Shapes
 
 
 class Planner:
@@ -237,25 +238,32 @@ class Planner:
     def _as_before(self) -> None:
         """A large batch begins as the last one of about its size was before it thinned out, so that it needs no
         solution at once."""
-        if self._whole is None:
-            return
-        sequences, solution, pays = self._whole
-        if sequences < APART * self.sequences and self.sequences < APART * sequences:
-            self._price()
-            self.per_token, self.value, self._few = solution.share * self.prices.resting, solution.value, solution.few
-            self._solved_for, self._pays = sequences, pays
-            self._weigh()
+        if self._whole is not None:
+            sequences, solution, pays = self._whole
+            if sequences < APART * self.sequences and self.sequences < APART * sequences:
+                self._take(solution, pays, sequences)
 
     def _hope(self) -> None:
         """Begins with the solution of the last texts' that promises most, where they differ: if this one is like that,
         each step until it shows would be lost, and if not, hardly one is."""
         self._price()
-        self._ended.append(Solution(self.per_token / self.prices.resting, self.value, self._few))
-        share, value, few = min(self._ended, key=lambda solution: solution.share)
-        if not self.experience.alike and value is not self.value:
-            self.per_token, self.value, self._few = share * self.prices.resting, value, few
+        self._ended.append(self._solution)
+        best = min(self._ended, key=lambda solution: solution.share)
+        if not self.experience.alike and best.value is not self.value:
+            self._take(best, best.share < PAYS, self._solved_for)
+
+    @property
+    def _solution(self) -> Solution:
+        return Solution(self.per_token / self.prices.resting, self.value, self._few, self.shapes)
+
+    def _take(self, solution: Solution, pays: bool, sequences: int) -> None:
+        """Goes on with an earlier one, for so many sequences, if it is one of these shapes."""
+        self._price()
+        if solution.shapes is self.shapes:
+            self._solved_for = sequences
+            self.per_token, self.value = solution.share * self.prices.resting, solution.value
+            self._few, self._pays = solution.few, pays
             self._weigh()
-            self._pays = share < PAYS
 
     def _seldom(self) -> tuple[int, int]:
         """Steps before the first solution in a text like the last ones, and from it to the next: no sooner than what it
@@ -340,8 +348,7 @@ class Planner:
         self._find_habit()
         if 2 * self.sequences > self._began_with:  # the last texts of a batch are no measure of the next one
             self._paid = self._pays
-            solution = Solution(self.per_token / self.prices.resting, self.value, self._few)
-            self._whole = self.sequences, solution, self._pays
+            self._whole = self.sequences, self._solution, self._pays
         worth = self.value + self.prices.drafting
         self._hangs_masks = bool(worth.min() < 0)  # whether any block is worth its drafting
         self.solved_in = time.perf_counter() - begin
