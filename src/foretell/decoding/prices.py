@@ -132,8 +132,9 @@ class Prices:
     def of_habit(self, planning: float) -> Floats:
         """As `table`, of steps that nobody plans, which takes so long; a guess until some were timed, and when that is
         long ago: those of a busy minute would be refused for ever."""
-        timed = any(known.fresh(self._taken) for (kind, _), known in self._corrections.items() if kind == HABIT)
-        if timed and (habit := self._fits[HABIT]) is not None:
+        own = self._corrections.get((HABIT, size_class(self.sequences)))  # of another number they say nothing
+        habit = own.fit(self._taken) if own is not None and own.fresh(self._taken) else None
+        if habit is not None:
             table = self.measured * habit.at_all(self._widths)
         else:
             table = self.table - BESIDE.get(self.sequences, 0 if self.sequences > FEW else 1) * planning
