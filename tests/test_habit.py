@@ -126,7 +126,7 @@ def test_promises_are_compared_with_what_was_kept_of_them() -> None:
         planner.solve()
         planner.habit.end()
         for _ in range(200):
-            planner.kept(True, took * planner.habit_per_token, 1.0)
+            planner.kept(True, took * planner.habit.per_token, 1.0)
             planner.kept(False, planned * planner.per_token, 1.0)
         planner.solve()
         return planner

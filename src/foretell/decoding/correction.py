@@ -57,6 +57,7 @@ class Pace:
 
     @property
     def level(self) -> float:
+        """The factor."""
         return math.exp(self._level)
 
     def usual(self, share: float, width: float, fit: Fit | None) -> float:

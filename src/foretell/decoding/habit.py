@@ -69,6 +69,11 @@ class Habit:
         )
         return blind / planned
 
+    @property
+    def per_token(self) -> float:
+        """Seconds that it promises; 0 before there was any."""
+        return self._solution[1] if self._solution else 0.0
+
     def solve(self, problem: Problem, reach: Floats) -> float:
         """Finds the best such rule, for the chances (k+1,) that the first 0..k drafts of a block hold on average;
         seconds per token."""

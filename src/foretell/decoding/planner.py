@@ -34,10 +34,10 @@ APART, FEW, SHORT = 2, 4, 16
 TRIED, FEWEST_TRIED = 4, 2  # masks: the first drafts tell most
 UNTAUGHT = 16  # blocks of the text's own drafts that are learnt from at a time, at rest
 PAYS = 0.93  # plain steps that a token must cost less than for anything else to be worth its trouble
-REPEATS = 0.1  # of what masks promise, what the text itself may promise beside a habit
+HABIT_PAYS = 0.97  # the same for a habit, which is less trouble
 # Of what planning takes of a plain step, by how much planned steps break their promise beyond habits, and at most.
 DEARER, LEAN = 1 / 3, 0.07
-HABIT_PAYS = 0.97  # the same for a habit, which is less trouble
+REPEATS = 0.1  # of what masks promise, what the text itself may promise beside a habit
 TEXTS = 4  # in a row in which nothing paid, after which only one of so many begins with masks
 
 
@@ -84,7 +84,6 @@ class Planner:
         self._solving = math.inf  # seconds that a solution takes, at least
         self.solved_in = 0.0  # seconds that one took before the last step, 0 if there was none
         self.habit = Habit()
-        self.habit_per_token = self.per_token
 
     def reprice(self, costs: Costs, plain: Floats) -> None:
         """From now on steps cost this, and plain ones (n,) of 1, 2, ... n sequences that, if n are decoded."""
@@ -366,7 +365,7 @@ class Planner:
             return
         planning = (planning or 0.0) + self._solving / SOLVE_EVERY[1]
         seconds = self.prices.of_habit(planning)[self.shapes.verified, self.shapes.hung]
-        promised = self.habit_per_token = self.habit.solve(self._problem._replace(seconds=seconds), reach.mean(0))
+        promised = self.habit.solve(self._problem._replace(seconds=seconds), reach.mean(0))
         patience = self.habit.patience + min(LEAN, DEARER * planning / self.prices.resting)
         if promised < HABIT_PAYS * self.prices.resting and self.habit.dearer * promised < patience * self.per_token:
             self.habit.begin()
@@ -377,9 +376,8 @@ class Planner:
     def kept(self, blind: bool, seconds: float, tokens: float) -> None:
         """A step, planned or a `blind` one of a habit, took so long and gave so many tokens a sequence."""
         if self.sequences == self._solved_for and (blind or self._pays):
-            self.habit.kept(
-                blind, seconds / self.prices.pace, tokens * (self.habit_per_token if blind else self.per_token)
-            )
+            promised = tokens * (self.habit.per_token if blind else self.per_token)
+            self.habit.kept(blind, seconds / self.prices.pace, promised)
 
     def keeps_habit(self) -> bool:
         """Whether the next step is one of a habit; to be asked once before each step.

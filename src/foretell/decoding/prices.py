@@ -15,9 +15,9 @@ from foretell.layout import Layout
 PLAIN_TIMED, TIMED = 4, 6  # steps that correct the costs of their kind, at least: plain ones are all alike
 # Of plain steps without planning, of planned ones with neither drafts nor masks, drafts alone, masks; of a habit.
 RESTING, PLANNED, DRAFTS, MASKS, HABIT = range(5)
-# Times what planning takes by itself that it is guessed to cost a step: of one sequence more, as caches forget
-# meanwhile; of many, whose steps it is the smallest part of, nothing until it was seen.
-BESIDE, FEW = {1: 2}, 4
+# Times what planning takes by itself that it is guessed to cost a step, by the power of two of the sequences: of one
+# more, as caches forget meanwhile; of many, whose steps it is the smallest part of, nothing until it was seen.
+BESIDE = {0: 2, 1: 1, 2: 1}
 WORTHWHILE = 0.008  # seconds of a plain step: to choose for every sequence takes up to 0.2 ms, twice the usual
 
 
@@ -132,12 +132,13 @@ class Prices:
     def of_habit(self, planning: float) -> Floats:
         """As `table`, of steps that nobody plans, which takes so long; a guess until some were timed, and when that is
         long ago: those of a busy minute would be refused for ever."""
-        own = self._corrections.get((HABIT, size_class(self.sequences)))  # of another number they say nothing
+        size = size_class(self.sequences)
+        own = self._corrections.get((HABIT, size))  # of another number they say nothing
         habit = own.fit(self._taken) if own is not None and own.fresh(self._taken) else None
         if habit is not None:
             table = self.measured * habit.at_all(self._widths)
         else:
-            table = self.table - BESIDE.get(self.sequences, 0 if self.sequences > FEW else 1) * planning
+            table = self.table - BESIDE.get(size, 0) * planning
         table[0, 0] = self.resting
         return table
 
